@@ -1,0 +1,206 @@
+"""The few verbs of a serving target, and the values they speak in. Pure: no I/O here."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, Self
+
+FULL = 10_000
+"""A weight or a mirror of 100 %, in hundredths of a percent."""
+
+
+class TargetError(Exception):
+    """The target refuses, and would refuse again. The library's own error is chained."""
+
+
+class TargetUnavailable(TargetError):
+    """The target did not answer or is not there yet: worth another try."""
+
+
+class StaleFence(TargetError):
+    """The lease behind this fence has lapsed or passed to another holder: nothing was changed."""
+
+
+class LeaseHeld(TargetError):
+    """Another promotion of this model is under way; the message says whose, and since when."""
+
+
+class NeverReady(TargetError):
+    """The version's own server did not become ready: the version's fault. `log` holds its last lines."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One registered model version, downloaded: what `deploy` needs to serve it.
+
+    `digest` is the artifact's digest (`deployments.artifact.digest`) as recorded at admission; a server
+    refuses to load anything else. `env_manager` is MLflow's: "local" serves in our own environment.
+    """
+
+    model: str
+    number: str
+    path: Path
+    digest: str
+    env_manager: str = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Proof of holding the lease of `model`. `number` grows with every new holder."""
+
+    model: str
+    holder: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where one version answers: `url` through the gateway (its own path), `direct` at its own server."""
+
+    model: str
+    version: str
+    url: str
+    direct: str
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Who answers live requests. Weights are in hundredths of a percent (1 % is 100).
+
+    `challenger` receives `weight` of the live requests and a copy of `mirror` of them; `fallback` answers
+    where the first choice fails. A champion without challenger serves everything.
+    """
+
+    model: str
+    champion: str
+    challenger: str | None = None
+    weight: int = 0
+    mirror: int = 0
+    fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("weight", self.weight), ("mirror", self.mirror)):
+            if not 0 <= value <= FULL:
+                raise ValueError(f"{name} is {value}: it goes from 0 to {FULL} hundredths of a percent")
+        if self.challenger is None and (self.weight or self.mirror):
+            raise ValueError("there is no challenger to weigh or to mirror to")
+        if self.challenger == self.champion:
+            raise ValueError(f"version {self.champion} cannot challenge itself")
+
+    @property
+    def live(self) -> frozenset[str]:
+        """The versions that this traffic can reach (mirror and fallback included)."""
+        reached = {self.champion, self.fallback}
+        if self.weight or self.mirror:
+            reached.add(self.challenger)
+        return frozenset(version for version in reached if version is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Latencies in buckets. `counts[i]` lie in (edges[i-1], edges[i]] seconds; the last count is beyond
+    the last edge, so there is one count more than there are edges."""
+
+    edges: tuple[float, ...] = ()
+    counts: tuple[int, ...] = (0,)
+
+    def __sub__(self, other: Self) -> "Histogram":
+        """What came since `other` was taken. An empty `other` is nothing at all."""
+        if not other.edges:
+            return Histogram(self.edges, self.counts)
+        if other.edges != self.edges:
+            raise ValueError("these histograms have different buckets")
+        return Histogram(self.edges, tuple(a - b for a, b in zip(self.counts, other.counts, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What one version has answered since its counters began, attempt by attempt: a retry that hid a
+    failure from the client still counts here. `shadow` counts are kept apart from live ones.
+
+    `codes` maps the HTTP status of each attempt to its count; "0" is an attempt that got no answer
+    (refused, reset). `errors` are the attempts with code 0 or 500 and above. Latencies are of answered attempts.
+    """
+
+    codes: Mapping[str, int] = field(default_factory=dict)
+    latency: Histogram = Histogram()
+
+    @property
+    def requests(self) -> int:
+        """All attempts."""
+        return sum(self.codes.values())
+
+    @property
+    def errors(self) -> int:
+        """The attempts that failed: code 0, or 500 and above."""
+        return sum(count for code, count in self.codes.items() if int(code) == 0 or int(code) >= 500)
+
+    def since(self, earlier: Self) -> "Served":
+        """What came after `earlier`.
+
+        Raises `TargetUnavailable` where a counter went backwards: the gateway restarted in between.
+        """
+        codes = {code: count - earlier.codes.get(code, 0) for code, count in self.codes.items()}
+        if any(count < 0 for count in codes.values()) or set(earlier.codes) - set(self.codes):
+            raise TargetUnavailable("the gateway's counters began anew: it restarted while we measured")
+        return Served(codes, self.latency - earlier.latency)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request that a version's server answered, with its bodies as they went over the wire.
+
+    `number` grows by one with every answer of one server process, so a gap shows what was lost.
+    `seconds` is the time inside the server; `at` is seconds since the epoch.
+    """
+
+    number: int
+    request_id: str
+    shadow: bool
+    status: int
+    request: bytes
+    response: bytes
+    at: float
+    seconds: float
+
+
+class ServingTarget(Protocol):
+    """Where models answer. Every verb is idempotent and returns once it holds true.
+
+    All raise `TargetError`; those that change something raise `StaleFence` for a fence that has lapsed.
+    """
+
+    def lease(self, model: str, holder: str) -> Fence:
+        """Take the lease of `model` for a while (or renew one's own). Raises `LeaseHeld`."""
+
+    def release(self, fence: Fence) -> None:
+        """Give the lease back; a fence that is stale already is no error."""
+
+    def deploy(self, version: Version, fence: Fence) -> Endpoint:
+        """Serve `version` beside the others: ready and warm, without traffic. Raises `NeverReady`."""
+
+    def route(self, traffic: Traffic, fence: Fence) -> None:
+        """Make the data plane obey `traffic`, read back from it. Refuses to send requests to a version
+        that is not healthy; where the data plane refuses, the last good configuration stays."""
+
+    def traffic(self, model: str) -> Traffic | None:
+        """The traffic in force as the data plane has it; None where the model is not served."""
+
+    def observe(self, model: str) -> Mapping[str, Served]:
+        """Counts and latencies since start: version "3" for live attempts, "3-shadow" for mirrored ones."""
+
+    def answers(self, model: str, version: str, after: int = -1) -> Iterable[Answer]:
+        """The latest answers of a version's server with `number > after`, oldest first (bounded)."""
+
+    def retire(self, model: str, version: str, fence: Fence) -> None:
+        """Drain `version` and stop it. Refused while it has traffic; no error where it is not deployed."""
+
+    def gateway(self, model: str) -> str:
+        """The address that clients use: a POST to its protocol's path is answered by who is routed."""
+
+    def deployed(self, model: str) -> Mapping[str, Endpoint]:
+        """The versions that are deployed, by number."""
