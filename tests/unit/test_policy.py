@@ -1,0 +1,109 @@
+"""The policy file: what is read is what runs, and a slip of the pen is refused with its place and its mend."""
+
+import re
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from validations.policy import GATES, Policy, PolicyError, read
+
+GOOD = """\
+version: 1
+model: flight-delay
+gates:
+  - kind: integrity
+  - kind: quality
+    data: holdout.parquet
+    label: late
+    checks: {roc_auc_delta: {min: -0.02}}
+  - kind: shadow
+    checks:
+      error_rate: {max: 0.01}
+      disagreement: {max: 0.05}
+  - kind: load
+    rate: 100/s
+    run_time: 1m30s
+    checks: {p99_ms: {max: 150}}
+  - kind: canary
+    weights: [1, 5.5, 25]
+    checks: {error_rate_delta: {max: 0.005}}
+  - kind: watch
+    run_time: 10m
+    checks: {error_rate: {max: 0.005}}
+"""
+
+
+def test_a_policy_reads_as_it_is_written() -> None:
+    """Durations and rates are read, steps are in order, and its stored form is the same policy."""
+    policy = read(GOOD)
+    names = [s.name for s in policy.plan()]
+    assert names == [
+        *("integrity", "quality", "deploy", "shadow", "load"),
+        *("canary 1%", "canary 5.5%", "canary 25%", "promote", "watch"),
+    ]
+    assert policy.gates[3].run_time == timedelta(seconds=90)
+    again = Policy.model_validate_json(policy.model_dump_json())
+    assert again == policy
+    assert again.digest == policy.digest
+
+
+def test_comments_and_layout_do_not_change_the_digest() -> None:
+    """The digest is of what the policy says, so a comment changes nothing and a bound changes it."""
+    assert read("# note\n" + GOOD).digest == read(GOOD).digest
+    assert read(GOOD.replace("0.05", "0.06")).digest != read(GOOD).digest
+
+
+SLIPS = {
+    "a typo in a word": ("    checks:\n      error", "    chekcs:\n      error", r"p\.yaml:10: gates\[2\]\.chekcs: unknown word.*did you mean 'checks'"),
+    "a typo in a check": ("disagreement:", "disagrement:", "did you mean 'disagreement'"),
+    "a typo in a kind": ("kind: load", "kind: laod", r":13: gates\[3\]: no such kind.*did you mean 'load'"),
+    "a typo in a bound": ("{max: 150}", "{maks: 150}", r"unknown word 'maks'; did you mean 'max'"),
+    "a typo at the top": ("model: f", "modle: f", "unknown word 'modle'; did you mean 'model'"),
+    "an empty bound": ("{max: 150}", "{}", "bounds nothing"),
+    "a crossed bound": ("{max: 150}", "{min: 2, max: 1}", "no number is at least 2"),
+    "shrinking weights": ("[1, 5.5, 25]", "[5, 1]", "weights grow: 1 comes after 5"),
+    "a weight too fine": ("[1, 5.5, 25]", "[0.001]", "hundredths of a percent"),
+    "a weight over all": ("[1, 5.5, 25]", "[101]", "less than or equal to 100"),
+    "no duration": ("10m", "10 minutes", "is no duration: write it like"),
+    "a bare number of time": ("run_time: 10m", "run_time: 10", "written like 30s"),
+    "no rate": ("100/s", "fast", "is no rate: write it like"),
+    "a gate without checks": ("    checks: {p99_ms: {max: 150}}\n", "", "without checks proves nothing"),
+    "something after the watch": ("kind: integrity", "kind: watch\n    run_time: 3s\n    checks: {error_rate: {max: 1}}", "it is last"),
+    "two steps of one name": ("kind: quality", "kind: integrity\n  - kind: quality", "two steps are called 'integrity'"),
+    "a key twice": ("version: 1", "version: 1\nversion: 1", ":2: 'version' stands here twice"),
+    "another version": ("version: 1", "version: 2", "version: "),
+    "not YAML": ("gates:", "gates", "not YAML"),
+    "slices wanted, none named": ("disagreement: {max: 0.05}", "slice_disagreement: {max: 0.05}", "needs `slices`"),
+    "a missing word": ("    data: holdout.parquet\n", "", "`data` is missing"),
+    "another target": ("model: f", "target: moon\nmodel: f", "target"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_refused_in_one_line(slip: str) -> None:
+    """A mistake in the file is one line that begins with the file and says what is wrong."""
+    old, new, said = SLIPS[slip]
+    assert old in GOOD
+    with pytest.raises(PolicyError) as caught:
+        read(GOOD.replace(old, new, 1), "p.yaml")
+    message = str(caught.value)
+    assert message.startswith("p.yaml:")
+    assert "\n" not in message
+    assert re.search(said, message), message
+
+
+def test_an_empty_file_is_refused() -> None:
+    """Nothing at all is no policy."""
+    with pytest.raises(PolicyError, match="a policy is a mapping"):
+        read("", "p.yaml")
+
+
+def test_every_gate_and_check_is_documented() -> None:
+    """docs/policy.md names every gate and every check that the policy knows."""
+    page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    for kind, gate in GATES.items():
+        assert f"`{kind}`" in page
+        for metric in gate.METRICS:
+            base = re.sub(r"^p\d+_", "pNN_", metric)
+            assert f"`{metric}`" in page or f"`{base}`" in page or f"`{metric.removesuffix('_delta')}`" in page, metric
