@@ -179,10 +179,15 @@ class Quality(_Gate):
     Checks are `<metric>`, or `<metric>_delta` for challenger minus champion on the same rows.
     """
 
-    METRICS: ClassVar = tuple(f"{metric}{suffix}" for metric in OFFLINE_METRICS for suffix in ("", "_delta"))
+    METRICS: ClassVar = (
+        "scored",
+        *(f"{metric}{suffix}" for metric in OFFLINE_METRICS for suffix in ("", "_delta")),
+    )
+    DEFAULTS: ClassVar = {"scored": Fact}
     kind: Literal["quality"] = "quality"
     data: str
     label: str
+    checks: dict[str, Bound] = Field(min_length=1)
     min_sample: int = Field(default=100, ge=1)
 
 
@@ -376,9 +381,9 @@ def read(text: str, source: str = "policy") -> Policy:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
+        place = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be read"
-        raise PolicyError(f"{source}{line}: not YAML: {problem}") from error
+        raise PolicyError(f"{source}{place}: not YAML: {problem}") from error
     if tree is None or not isinstance(data, dict):
         raise PolicyError(f"{source}: a policy is a mapping that begins with `version: 1` and `model: ...`")
     _refuse_twice(tree, source)

@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all set-up themselves; everything they install lives in .venv.
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint up down clean bench
+demo: $(STAMP)            ## set up, start the stack, take six challengers through the gates
+	$(BIN)/titleshot demo
+
+test: $(STAMP)            ## set up and run the tests (real Envoy, MLflow, Prefect, Locust)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(STAMP)            ## style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+up down: $(STAMP)         ## start or stop the local stack
+	$(BIN)/titleshot $@
+
+bench: $(STAMP)           ## every benchmark, one after another; each prints a table
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+$(STAMP): requirements.lock pyproject.toml
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Titleshot needs Python 3.11 or newer: this python3 is " + sys.version.split()[0])'
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $(STAMP)
+
+clean:                    ## remove the environment (the state in .titleshot/ stays)
+	rm -rf $(VENV)

@@ -1,0 +1,551 @@
+"""The local serving target: one server process per version, Envoy in front, all of it on this machine."""
+
+import base64
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from filelock import FileLock, Timeout
+
+from deployments import runtimes
+from deployments.artifact import digest
+from deployments.local import envoy
+from deployments.local.gateway import Gateway
+from deployments.local.state import Deployed, State
+from deployments.local.supervisor import Program, Status, Supervisor, wait_for
+from deployments.target import (
+    Answer,
+    Endpoint,
+    Fence,
+    NeverReady,
+    Served,
+    TargetError,
+    TargetUnavailable,
+    Traffic,
+    Version,
+)
+
+_HERE = Path(__file__).resolve().parent
+_PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the local target behaves; times in seconds.
+
+    `gateway_ports` fixes the port of a model's gateway when it is first deployed; otherwise a free one of
+    `ports` is taken, and kept for ever. `concurrency` and `queue` are those of each model server.
+    """
+
+    gateway_ports: Mapping[str, int] = field(default_factory=dict)
+    ports: range = range(18_000, 28_000)
+    limits: envoy.Limits = field(default_factory=envoy.Limits)
+    gateway_workers: int = 1
+    concurrency: int = 2
+    queue: int = 64
+    keep: int = 5000
+    lease_ttl: float = 60.0
+    ready_timeout: float = 120.0
+    health_timeout: float = 10.0
+    drain_timeout: float = 30.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class LocalTarget:
+    """A `ServingTarget` in the directory `home`: `state.db`, `run/` and `logs/` below it.
+
+    Safe to construct anywhere and any number of times: it holds nothing but paths. `start` brings up the
+    gateway and whatever was deployed before, `stop` takes all of it down.
+    """
+
+    def __init__(self, home: Path, options: Options | None = None) -> None:
+        self.home = home.resolve()
+        self.options = options or Options()
+        self.supervisor = Supervisor(self.home)
+        self._gateway = Gateway(self.supervisor, self.options.gateway_workers)
+        self._state = State(self.home / "state.db", self.options.lease_ttl)
+
+    # --- the stack
+
+    def start(self, timeout: float = 180.0) -> None:
+        """Bring up supervisord, the gateway and every version that was deployed; return when all of them are
+        healthy. Raises `TargetError` where a recorded port belongs to another program by now."""
+        if not self.supervisor.up():
+            with self._locked():
+                self._end_orphans()
+                self._refuse_taken_ports()
+                self._restore()
+        self.supervisor.start()
+        self.start_gateway()
+        wait_for(self.ready, timeout, f"not everything is ready: see {self.supervisor.logs}", every=0.2)
+
+    def stop(self) -> None:
+        """Drain the gateway and stop everything under supervisord; what was deployed comes back with `start`."""
+        if self.supervisor.up():
+            self._gateway.drain()
+            self.supervisor.stop()
+
+    def start_gateway(self) -> None:
+        """Start the gateway under the supervisor, which must be up; return when it is live."""
+        self._gateway.start()
+
+    def ready(self) -> bool:
+        """Whether the gateway is live and every deployed version healthy."""
+        names = [envoy.cluster_name(one.model, one.version) for one in self._state.endpoints() if one.ready]
+        try:
+            return self._gateway.up() and not self._gateway.sick(names)
+        except TargetUnavailable:
+            return False
+
+    def models(self) -> tuple[str, ...]:
+        """The models that have a gateway."""
+        return tuple(self._state.gateways())
+
+    def _end_orphans(self) -> None:
+        """Servers and gateway of a supervisord that was killed: still there, but nobody looks after them."""
+        self._gateway.quit()
+        for one in self._state.endpoints():
+            with contextlib.suppress(TargetUnavailable):
+                if pid := self._identity(one).get("pid"):
+                    os.kill(int(str(pid)), signal.SIGTERM)
+                    wait_for(lambda port=one.port: _free(port), 40.0, f"port {one.port} is still taken")
+
+    def _restore(self) -> None:
+        """Write what is recorded into the files of a gateway and a supervisord that are not running: they may
+        be gone, or of an older make."""
+        limits, state = self.options.limits, self._state
+        for one in state.endpoints():
+            self.supervisor.prepare(self._program(one))
+        gateways, clusters = state.gateways(), []
+        for model in gateways:
+            number, made = state.next_number(), envoy.clusters(model, self._backends(model), limits)
+            routes = self._routes(model, number, state.traffic(model))
+            self._gateway.validate(envoy.static(model, routes, made, limits))
+            self._gateway.write("rds", model, number, [routes])
+            clusters += made
+        listeners = [self._listener(model, port) for model, port in gateways.items()]
+        self._gateway.write("cds", "", state.next_number(), clusters)
+        self._gateway.write("lds", "", state.next_number(), listeners)
+
+    # --- the verbs
+
+    def lease(self, model: str, holder: str) -> Fence:
+        """Take the lease of `model`, or renew one's own. Raises `LeaseHeld`."""
+        _refuse_name("model", model)
+        return self._state.lease(model, holder)
+
+    def release(self, fence: Fence) -> None:
+        """Give the lease back; a stale fence is no error."""
+        self._state.release(fence)
+
+    def deploy(self, version: Version, fence: Fence) -> Endpoint:
+        """Start the version's server and wait until it is warm, healthy in the gateway and reachable at its
+        own path. The lease is renewed while it takes. Raises `NeverReady` with the server's last log lines."""
+        _refuse_name("model", version.model)
+        _refuse_name("version", version.number)
+        self._state.check(version.model, fence)
+        self._refuse_artifact(version)
+        known = self._recorded(version)
+        if known is None:
+            python = self._python(version)
+            with self._locked():
+                self._state.check(version.model, fence)
+                known = self._record(version, python)
+        try:
+            # What serves is never restarted by this, were it described differently by now.
+            if not (known.ready and self._status(known).running):
+                self.supervisor.add(self._program(known))
+            self._await_ready(known, fence)
+            with self._locked():
+                self._admit(known, fence)
+        except BaseException:
+            if not known.ready:
+                # What never worked is not left behind: neither a server nor its clusters.
+                self._state.forget(known.model, known.version)
+                self.supervisor.remove(_name(known))
+            raise
+        return self._endpoint(known)
+
+    def route(self, traffic: Traffic, fence: Fence) -> None:
+        """Make the gateway obey `traffic`; return when new connections are answered by it."""
+        self._state.check(traffic.model, fence)
+        with self._locked():
+            self._state.check(traffic.model, fence)
+            if self.traffic(traffic.model) == traffic == self._state.traffic(traffic.model):
+                return
+            self._refuse_unhealthy(traffic)
+            number = self._publish_routes(traffic.model, traffic, fence)
+            self._state.save_traffic(traffic, number)
+
+    def traffic(self, model: str) -> Traffic | None:
+        """The traffic that the gateway itself says it obeys; None where nothing was routed."""
+        if model not in self._state.gateways():
+            return None
+        found = self._gateway.route(model)
+        if found is None:
+            raise TargetUnavailable(f"the gateway has no routes for {model} yet")
+        try:
+            return envoy.traffic_of(dict(found[1]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise TargetError(f"the gateway's routes for {model} are not ours: {error}") from error
+
+    def observe(self, model: str) -> Mapping[str, Served]:
+        """Attempts per version since the gateway started: "3" live, "3-shadow" mirrored, "3-pinned" on the
+        version's own path, "" shed by the gateway. Latencies lag behind the counts by up to a second."""
+        return envoy.served(model, self._gateway.samples())
+
+    def answers(self, model: str, version: str, after: int = -1) -> Iterator[Answer]:
+        """The answers that the version's server still holds, from `after` on, oldest first. Numbers begin
+        anew when the server restarts."""
+        endpoint = self._deployed(model, version)
+        with httpx.Client(base_url=_direct(endpoint), timeout=30, trust_env=False) as client:
+            while True:
+                query = {"after": after, "limit": _PAGE}
+                try:
+                    page = client.get("/titleshot/answers", params=query).raise_for_status().text
+                except httpx.HTTPError as error:
+                    raise TargetUnavailable(f"the server of {model} {version}: {error}") from error
+                answers = [_answer(line) for line in page.splitlines()]
+                yield from answers
+                if len(answers) < _PAGE:
+                    return
+                after = answers[-1].number
+
+    def retire(self, model: str, version: str, fence: Fence) -> None:
+        """Take the version's path away, wait until its requests have ended, then stop its server. Raises
+        `TargetError` while it has traffic."""
+        self._state.check(model, fence)
+        known = next((one for one in self._state.endpoints(model) if one.version == version), None)
+        if known is None:
+            return
+        with self._locked():
+            if known.ready:
+                self._dismiss(known, fence)
+            else:
+                self._state.check(model, fence)
+            self.supervisor.remove(_name(known))
+            self._state.forget(model, version)
+
+    def gateway(self, model: str) -> str:
+        """The address that clients use, such as "http://127.0.0.1:18000"."""
+        port = self._state.gateways().get(model)
+        if port is None:
+            raise TargetError(f"{model} has no gateway yet: deploy a version of it first")
+        return f"http://127.0.0.1:{port}"
+
+    def deployed(self, model: str) -> Mapping[str, Endpoint]:
+        """The deployed versions, by number."""
+        return {one.version: self._endpoint(one) for one in self._state.endpoints(model) if one.ready}
+
+    # --- deploying
+
+    def _refuse_artifact(self, version: Version) -> None:
+        try:
+            runtimes.runtime((version.path / "MLmodel").read_text())
+            found = digest(version.path)
+        except (OSError, ValueError) as error:
+            raise TargetError(f"{version.model} {version.number} at {version.path}: {error}") from error
+        if found != version.digest:
+            raise TargetError(
+                f"{version.model} {version.number} is not what was admitted: its digest is {found}, "
+                f"admitted was {version.digest}"
+            )
+
+    def _recorded(self, version: Version) -> Deployed | None:
+        for one in self._state.endpoints(version.model):
+            if one.version == version.number:
+                if one.digest != version.digest:
+                    raise TargetError(
+                        f"{version.model} {version.number} is deployed already, with the digest {one.digest}"
+                    )
+                return one
+        return None
+
+    def _record(self, version: Version, python: str) -> Deployed:
+        port, path = self._free_port(), str(version.path.resolve())
+        fresh = Deployed(version.model, version.number, port, path, version.digest, python, ready=False)
+        self._state.save(fresh)
+        self.supervisor.log(_name(fresh)).unlink(missing_ok=True)
+        return fresh
+
+    def _program(self, known: Deployed) -> Program:
+        options = self.options
+        command: Sequence[object] = (
+            *(known.python, _HERE / "server.py", "--model", known.model, "--version", known.version),
+            *("--path", known.path, "--digest", known.digest, "--port", known.port),
+            *("--concurrency", options.concurrency, "--queue", options.queue, "--keep", options.keep),
+            *("--max-body", options.limits.body_bytes),
+        )
+        environment = {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "1",
+            "PYTHONUNBUFFERED": "1",
+            # One-row predictions: more threads per server only get in each other's way.
+            **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+            **options.environment,
+        }
+        return Program(_name(known), [str(part) for part in command], environment)
+
+    def _await_ready(self, known: Deployed, fence: Fence) -> None:
+        first, renewed = 0, time.monotonic()
+        end = renewed + self.options.ready_timeout
+        while True:
+            status = self._status(known)
+            first = first or status.pid
+            # supervisord restarts what dies: another process, or none, means that the first one did.
+            if status.state in {"FATAL", "EXITED", "BACKOFF", "GONE"} or status.pid not in {0, first}:
+                self._never_ready(known, f"its server ended before it was ready ({status.state.lower()})")
+            if status.running and self._identity(known).get("ready"):
+                return
+            if time.monotonic() > end:
+                self._never_ready(known, f"not ready after {self.options.ready_timeout:g} s")
+            if time.monotonic() - renewed > self.options.lease_ttl / 4:
+                self._state.check(known.model, fence)
+                renewed = time.monotonic()
+            time.sleep(0.1)
+
+    def _never_ready(self, known: Deployed, why: str) -> None:
+        log = self.supervisor.tail(_name(known))
+        message = f"{known.model} {known.version}: {why}"
+        if "address already in use" in log:
+            raise TargetUnavailable(f"{message}: port {known.port} is taken by another program")
+        if known.ready:
+            raise TargetUnavailable(f"{message}; it was once: it is being restarted")
+        raise NeverReady(message, log)
+
+    def _status(self, known: Deployed) -> Status:
+        name = _name(known)
+        return self.supervisor.status().get(name, Status(name, "GONE", 0, "it is not supervised"))
+
+    def _identity(self, known: Deployed) -> Mapping[str, object]:
+        """What the server says about itself; nothing where it does not answer yet."""
+        try:
+            page = httpx.get(f"{_direct(known)}/titleshot/identity", timeout=5, trust_env=False).json()
+        except httpx.TransportError:
+            return {}
+        except (httpx.HTTPError, ValueError):
+            page = {}
+        who = {name: page.get(name) for name in ("model", "version", "digest")}
+        if who != {"model": known.model, "version": known.version, "digest": known.digest}:
+            raise TargetUnavailable(f"port {known.port} is answered by another program: {who}")
+        return dict(page)
+
+    def _python(self, version: Version) -> str:
+        if version.env_manager == "local":
+            return sys.executable
+        command = [sys.executable, str(_HERE / "environment.py"), str(version.path), version.env_manager]
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, **quiet}
+        )
+        if done.returncode:
+            tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
+            raise NeverReady(f"{version.model} {version.number}: its environment cannot be made", tail)
+        return done.stdout.strip().splitlines()[-1]
+
+    def _admit(self, known: Deployed, fence: Fence) -> None:
+        """Clusters first, then the routes to them."""
+        model = known.model
+        if not known.ready:
+            self._publish_clusters(model, [*self._backends(model), _backend(known)], fence)
+        name = envoy.cluster_name(model, known.version)
+        wait_for(
+            lambda: not self._gateway.sick([name]),
+            self.options.health_timeout,
+            f"the gateway does not find {model} {known.version} healthy",
+        )
+        if known.ready:
+            return
+        self._state.save(dataclasses.replace(known, ready=True))
+        try:
+            if model not in self._state.gateways():
+                self._open(model, fence)
+            else:
+                self._publish_routes(model, self.traffic(model), fence)
+        except BaseException:
+            self._state.save(known)
+            with contextlib.suppress(TargetError):
+                self._publish_clusters(model, self._backends(model), fence)
+            raise
+
+    def _open(self, model: str, fence: Fence) -> None:
+        """Give `model` its gateway: a listener that answers 503 until something is routed."""
+        port = self.options.gateway_ports.get(model) or self._free_port()
+        _refuse_taken(port, f"the gateway of {model}")
+        number = self._state.next_number()
+        self._gateway.write("rds", model, number, [self._routes(model, number, None)])
+        others = self._state.gateways()
+        listeners = [self._listener(name, at) for name, at in {**others, model: port}.items()]
+        self._gateway.publish(
+            "lds", "", self._state.next_number(), listeners, self._state.fenced(model, fence)
+        )
+        self._await_answers(port, number)
+        self._state.save_gateway(model, port)
+
+    # --- publishing (under the lock)
+
+    def _publish_clusters(self, model: str, backends: Sequence[envoy.Backend], fence: Fence) -> None:
+        limits = self.options.limits
+        others = {one.model for one in self._state.endpoints() if one.ready and one.model != model}
+        found = [envoy.clusters(name, self._backends(name), limits) for name in sorted(others)]
+        resources = [*(cluster for clusters in found for cluster in clusters)]
+        resources += envoy.clusters(model, backends, limits)
+        guard = self._state.fenced(model, fence)
+        self._gateway.publish("cds", "", self._state.next_number(), resources, guard)
+
+    def _publish_routes(
+        self, model: str, traffic: Traffic | None, fence: Fence, without: str | None = None
+    ) -> int:
+        number = self._state.next_number()
+        route = self._routes(model, number, traffic, without)
+        limits = self.options.limits
+        clusters = envoy.clusters(model, self._backends(model), limits)
+        self._gateway.validate(envoy.static(model, route, clusters, limits))
+        self._gateway.publish("rds", model, number, [route], self._state.fenced(model, fence))
+        self._await_answers(self._state.gateways()[model], number)
+        return number
+
+    def _routes(
+        self, model: str, number: int, traffic: Traffic | None, without: str | None = None
+    ) -> envoy.Json:
+        versions = [one.version for one in self._backends(model) if one.version != without]
+        return envoy.routes(model, number, versions, traffic, self.options.limits)
+
+    def _listener(self, model: str, port: int) -> envoy.Json:
+        return envoy.listener(model, port, str(self._gateway.path("rds", model)), self.options.limits)
+
+    def _await_answers(self, port: int, number: int) -> None:
+        """Envoy's main thread says that it has a configuration before the last worker obeys it."""
+        probes = 2 + 2 * self.options.gateway_workers
+
+        def obeyed() -> bool:
+            return all(self._gateway.answering(port) == number for _ in range(probes))
+
+        wait_for(
+            obeyed, self.options.health_timeout, f"port {port} is not answered by number {number}", every=0.01
+        )
+
+    def _backends(self, model: str) -> list[envoy.Backend]:
+        return [_backend(one) for one in self._state.endpoints(model) if one.ready]
+
+    def _refuse_unhealthy(self, traffic: Traffic) -> None:
+        model, there = traffic.model, self.deployed(traffic.model)
+        if missing := sorted(traffic.live - set(there)):
+            raise TargetError(f"{model} {', '.join(missing)} is not deployed: no traffic can go there")
+        names = {envoy.cluster_name(model, version): version for version in traffic.live}
+        with contextlib.suppress(TargetUnavailable):
+            # A moment of grace: the gateway may have begun to look only now.
+            wait_for(lambda: not self._gateway.sick(names), self.options.health_timeout / 2, "sick")
+        if sick := self._gateway.sick(names):
+            said = "; ".join(f"{names[name]}: {why}" for name, why in sick.items())
+            raise TargetError(f"{model} has versions that are not healthy, no traffic moves ({said})")
+
+    # --- retiring (under the lock)
+
+    def _dismiss(self, known: Deployed, fence: Fence) -> None:
+        model, version, traffic = known.model, known.version, self.traffic(known.model)
+        if traffic is not None and version in traffic.live:
+            raise TargetError(f"{model} {version} has traffic: route it away first")
+        if traffic is not None and traffic.challenger == version:
+            traffic = dataclasses.replace(traffic, challenger=None)
+        number = self._publish_routes(model, traffic, fence, without=version)
+        if traffic is not None:
+            self._state.save_traffic(traffic, number)
+        rest = [one for one in self._backends(model) if one.version != version]
+        names = envoy.involving(model, version, [one.version for one in rest])
+        with contextlib.suppress(TargetUnavailable):
+            # Whoever is not done by then has the server's own grace after SIGTERM.
+            wait_for(lambda: not self._gateway.active(names), self.options.drain_timeout, "busy")
+        self._publish_clusters(model, rest, fence)
+
+    # --- details
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer of the gateway's files at a time, whatever the model."""
+        self.supervisor.run.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.supervisor.run / "gateway.lock", timeout=60):
+                yield
+        except Timeout as error:
+            raise TargetUnavailable(
+                f"somebody else has been changing the gateway for 60 s: {error}"
+            ) from error
+
+    def _deployed(self, model: str, version: str) -> Deployed:
+        for one in self._state.endpoints(model):
+            if one.version == version and one.ready:
+                return one
+        raise TargetError(f"{model} {version} is not deployed")
+
+    def _endpoint(self, one: Deployed) -> Endpoint:
+        url = f"{self.gateway(one.model)}/v/{one.version}"
+        return Endpoint(one.model, one.version, url, _direct(one))
+
+    def _free_port(self) -> int:
+        # Below the kernel's own range, where a client's connection could sit on it after a restart. Each home
+        # begins elsewhere, so that two of them seldom want the same one at the same time.
+        ports, taken = self.options.ports, self._state.ports()
+        start = zlib.crc32(bytes(self.home)) % len(ports)
+        for place in range(len(ports)):
+            port = ports[(start + place) % len(ports)]
+            if port not in taken and _free(port):
+                return port
+        raise TargetError(f"no port between {ports[0]} and {ports[-1]} is free")
+
+    def _refuse_taken_ports(self) -> None:
+        for model, port in self._state.gateways().items():
+            _refuse_taken(port, f"the gateway of {model}")
+        for one in self._state.endpoints():
+            _refuse_taken(one.port, f"the server of {one.model} {one.version}")
+
+
+def _name(one: Deployed) -> str:
+    return f"model-{one.model}-{one.version}"
+
+
+def _backend(one: Deployed) -> envoy.Backend:
+    return envoy.Backend(one.version, one.port)
+
+
+def _direct(one: Deployed) -> str:
+    return f"http://127.0.0.1:{one.port}"
+
+
+def _answer(line: str) -> Answer:
+    fields = json.loads(line)
+    for name in ("request", "response"):
+        body = fields[name]
+        fields[name] = body.encode() if isinstance(body, str) else base64.b64decode(body["base64"])
+    return Answer(**fields)
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _refuse_taken(port: int, what: str) -> None:
+    if not _free(port):
+        raise TargetError(f"port {port} belongs to {what}, but another program listens on it: stop that one")
+
+
+def _refuse_name(what: str, name: str) -> None:
+    if not envoy.valid_name(name):
+        raise TargetError(f"{name!r} cannot name a {what} here: letters, digits, '_', '-' and '.' only")

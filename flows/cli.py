@@ -1,0 +1,347 @@
+"""The `titleshot` command: what people type. Heavy libraries are imported by the command that needs them."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deployments.target import TargetError
+from tasks import settings as settings_of
+from tasks.settings import Mistake
+
+FINE, ERROR, WRONG_USE, REFUSED = 0, 1, 2, 3
+STYLES = {
+    "promoted": "green",
+    "rejected": "red",
+    "rolled back": "red",
+    "degraded": "bold magenta",
+    "running": "yellow",
+    "RUNNING": "green",
+}
+
+app = App(
+    name="titleshot",
+    help="A challenger model takes the champion's place in production, with no failed request on the way "
+    "and the way back always open.",
+    help_epilogue="Exit codes: 0 promoted or fine, 3 the challenger was rejected or rolled back, 1 an error, "
+    "2 wrong use.\n\nState lives in TITLESHOT_HOME (default .titleshot/).",
+    help_format="plaintext",
+    version_flags=["--version"],
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+Json = Annotated[bool, Parameter(name="--json", negative=())]
+Flag = Annotated[bool, Parameter(negative=())]
+
+
+@app.command
+def up(*, mlflow_port: int | None = None, prefect_port: int | None = None) -> int:
+    """Start the local stack: MLflow, Prefect, the gateway, and the champions as they served before.
+
+    Args:
+        mlflow_port: Port for MLflow's server and UI; a free one is chosen otherwise, and kept.
+        prefect_port: Port for Prefect's server and UI; a free one is chosen otherwise, and kept.
+    """
+    from tasks import stack
+
+    settings = settings_of.load()
+    stack.up(settings, {"mlflow": mlflow_port, "prefect": prefect_port}, _say)
+    _print_status(_status())
+    return FINE
+
+
+@app.command
+def down() -> int:
+    """Stop everything that `titleshot up` or `titleshot demo` started."""
+    from tasks import stack
+
+    stack.down(settings_of.load(), _say)
+    _say("stopped")
+    return FINE
+
+
+@app.command
+def status(*, json_: Json = False) -> int:
+    """Show what runs, what serves, and whether registry and traffic agree."""
+    found = _status()
+    if json_:
+        _json(found)
+    else:
+        _print_status(found)
+    return FINE if found["up"] and all(model["agrees"] for model in found["models"]) else ERROR
+
+
+@app.command
+def demo(*, json_: Json = False) -> int:
+    """Take six real challengers through one policy under live traffic (about 6 minutes).
+
+    Starts the local stack where it is not up, trains and registers real models on the flights of New York
+    2013, and leaves everything up for looking around.
+    """
+    from flows.demo.show import run
+
+    result = run(_say)
+    if json_:
+        _json({key: result[key] for key in ("challengers", "live", "seconds")})
+    else:
+        _print_demo(result)
+    return FINE if result["as_intended"] else ERROR
+
+
+@app.command
+def promote(
+    model: str,
+    /,
+    *,
+    policy: Path,
+    version: str | None = None,
+    again: Flag = False,
+    json_: Json = False,
+) -> int:
+    """Take a challenger through the gates of a policy, to the champion's place or back.
+
+    Args:
+        model: Name of the registered model.
+        policy: The policy file.
+        version: Version number; the version with the alias `challenger` otherwise.
+        again: Admit a version that was rejected before, unchanged.
+    """
+    settings_of.load().connect()
+    from flows.promote import promote as flow
+    from tasks.progress import listening
+
+    with listening(_say):
+        result = flow(model=model, policy=str(policy.resolve()), version=version, again=again)
+    if json_:
+        _json(result)
+    else:
+        style = STYLES.get(result["phase"], "")
+        out.print(f"{model} v{result['challenger']}: [{style}]{result['phase']}[/] at {result['step']}")
+        out.print(f"  {escape(result['why'])}")
+        out.print(f"  titleshot explain {result['promotion']}")
+    return {"promoted": FINE, "degraded": ERROR}.get(result["phase"], REFUSED)
+
+
+@app.command
+def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> int:
+    """Give all traffic, and the alias, back to the previous champion.
+
+    Args:
+        model: Name of the registered model.
+        reason: Kept in the history and on the version that loses its place.
+    """
+    settings_of.load().connect()
+    from flows.rollback import rollback as flow
+    from tasks.progress import listening
+
+    with listening(_say):
+        result = flow(model=model, reason=reason)
+    if json_:
+        _json(result)
+    else:
+        out.print(f"{model}: [bold]v{result['to']}[/] is champion again: {escape(result['why'])}")
+    return FINE if result["phase"] == "rolled back" else ERROR
+
+
+@app.command
+def history(model: str, /, *, json_: Json = False) -> int:
+    """List the promotions and rollbacks of a model, newest first.
+
+    Args:
+        model: Name of the registered model.
+    """
+    settings_of.load().connect()
+    from tasks import history as record
+    from tasks import registry
+
+    registry.versions(model)
+    found = record.entries(model)
+    if json_:
+        _json([dataclasses.asdict(entry) for entry in found])
+        return FINE
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("promotion", "began (UTC)", "from", "to", "phase", "decided at", "why"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("phase", "from", "to"))
+    for e in found:
+        table.add_row(
+            *(e.id, f"{e.started:%Y-%m-%d %H:%M:%S}", f"v{e.champion}" if e.champion else "-", f"v{e.challenger}"),
+            *(f"[{STYLES.get(e.phase, '')}]{e.phase}[/]", e.step, escape(e.why)),
+        )
+    out.print(table if found else f"{model} has no promotions yet")
+    return FINE
+
+
+@app.command
+def explain(promotion: str, /, *, json_: Json = False) -> int:
+    """Say in words and numbers what was asked, measured and decided, and why.
+
+    Args:
+        promotion: Its name, as `titleshot history` lists it.
+    """
+    settings_of.load().connect()
+    from tasks import history as record
+    from tasks import report
+
+    entry = record.entry(promotion)
+    if entry.kind == "rollback":
+        _json(dataclasses.asdict(entry)) if json_ else out.print(
+            f"{entry.id}: v{entry.challenger} took the place of v{entry.champion} again: {entry.why}"
+        )
+        return FINE
+    found = record.stored(entry.run_id)
+    if json_:
+        out.print_json(found.model_dump_json())
+    else:
+        out.print(escape(report.explain(found)))
+    return FINE
+
+
+@app.command
+def show(promotion: str, /, *, open_: Annotated[bool, Parameter(name="--open", negative=())] = False) -> int:
+    """Fetch the report of a promotion and print where it is.
+
+    Args:
+        promotion: Its name, as `titleshot history` lists it.
+        open_: Open it in the browser.
+    """
+    settings = settings_of.load()
+    settings.connect()
+    from tasks import history as record
+
+    entry = record.entry(promotion)
+    page = record.fetch(entry, "report/report.html", settings.home / "promotions" / entry.id)
+    out.print(str(page))
+    out.print(f"{settings.mlflow}/#/experiments/runs/{entry.run_id}".replace("experiments/", ""))
+    if open_:
+        import webbrowser
+
+        webbrowser.open(page.as_uri())
+    return FINE
+
+
+@app.command
+def suite(model: str, /, *, to: Path = Path("suite.json"), version: str | None = None) -> int:
+    """Write an expectation suite generated from a version's training features, to be edited by hand.
+
+    Args:
+        model: Name of the registered model.
+        to: The file to write; never overwritten.
+        version: Version number; the champion otherwise.
+    """
+    settings = settings_of.load()
+    settings.connect()
+    from tasks import registry
+    from tasks.validate import write_suite
+
+    number = version or registry.aliased(model, registry.CHAMPION)
+    if number is None:
+        raise Mistake(f"{model} has no champion: name a version with --version", code=WRONG_USE)
+    count = write_suite(registry.find(model, number), settings.home, to)
+    out.print(f"{to}: {count} expectations from the features that {model} v{number} was trained on")
+    return FINE
+
+
+@app.command
+def doctor(*, json_: Json = False) -> int:
+    """Check this machine and this environment for what is known to break the stack, each with its mend."""
+    from tasks.doctor import examine
+
+    found = examine(settings_of.load())
+    if json_:
+        _json([dataclasses.asdict(finding) for finding in found])
+    else:
+        for finding in found:
+            mark = "[green]ok  [/]" if finding.fine else "[red]MEND[/]"
+            out.print(f"{mark} {finding.what}: {escape(finding.found)}")
+            if not finding.fine:
+                out.print(f"     [yellow]{escape(finding.mend)}[/]")
+    return FINE if all(finding.fine for finding in found) else ERROR
+
+
+def _status() -> dict[str, Any]:
+    from tasks.status import status as look
+
+    return look(settings_of.load())
+
+
+def _print_status(found: dict[str, Any]) -> None:
+    if not found["up"]:
+        out.print(f"[red]nothing is up[/] in {found['home']}: start it with `titleshot up`")
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("program", "state", "pid", "address"):
+        table.add_column(column)
+    for program in found["programs"]:
+        state = program["state"]
+        table.add_row(program["name"], f"[{STYLES.get(state, 'red')}]{state}[/]", str(program["pid"]), program["address"])
+    out.print(table)
+    for model in found["models"]:
+        challenger = f", v{model['challenger']} answers {model['weight']:g}% and mirrors {model['mirror']:g}%" if model["challenger"] else ""
+        out.print(f"\n[bold]{model['model']}[/]: v{model['serving']} serves{challenger}")
+        out.print(f"  POST {model['gateway']}/invocations")
+        if not model["agrees"]:
+            out.print(f"  [red]the alias champion names {model['alias'] or 'nothing'}: traffic and registry disagree[/]")
+
+
+def _print_demo(result: dict[str, Any]) -> None:
+    table = Table(title=f"\n{result['model']}: six challengers, one policy", title_justify="left", header_style="dim", box=None, pad_edge=False)
+    for column in ("challenger", "phase", "step", "why"):
+        table.add_column(column, overflow="fold", no_wrap=column != "why")
+    for row in result["challengers"]:
+        style = STYLES.get(row["phase"], "")
+        table.add_row(row["challenger"], f"[{style}]{row['phase']}[/]", row["step"], escape(row["why"]))
+    out.print(table)
+    live = result["live"]
+    colour = "green" if live["failed"] == 0 else "red"
+    out.print(f"\nlive requests: {live['requests']:,}, failed: [{colour}]{live['failed']}[/], in {result['seconds']:.0f} s")
+    for name, address in result["addresses"].items():
+        out.print(f"  {name:<8} {address}")
+    out.print("\nnext:")
+    for line in result["next"]:
+        out.print(f"  {line}")
+
+
+def _say(text: str) -> None:
+    err.print(escape(text), style="dim" if text.startswith(" ") else "")
+
+
+def _json(data: object) -> None:
+    sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command line. Returns the exit code; a user's mistake is one line on stderr."""
+    try:
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        err.print(escape(f"titleshot: {' '.join(str(error).split())} (see `titleshot --help`)"), style="red")
+        return WRONG_USE
+    except Mistake as mistake:
+        err.print(escape(f"titleshot: {mistake}"), style="red")
+        return mistake.code
+    except TargetError as error:
+        err.print(escape(f"titleshot: {error}"), style="red")
+        return ERROR
+    except KeyboardInterrupt:
+        err.print("titleshot: interrupted; `titleshot status` shows what serves", style="red")
+        return 130
+    except Exception as error:
+        if os.environ.get("TITLESHOT_DEBUG"):
+            raise
+        # Whatever is left is the platform's: one line for the person, the traceback for who asks for it.
+        text = " ".join(str(error).split())[:600]
+        err.print(escape(f"titleshot: {type(error).__name__}: {text} (TITLESHOT_DEBUG=1 shows where)"), style="red")
+        return ERROR
+    return code if isinstance(code, int) else FINE
+
+
+def main() -> None:
+    """Entry point of the `titleshot` command."""
+    sys.exit(run())

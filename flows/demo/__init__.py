@@ -1,0 +1,1 @@
+"""The demo: real flights, real models of whether they arrive late, and what each model was made wrong."""

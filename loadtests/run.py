@@ -1,0 +1,347 @@
+"""Run Locust in a process of its own, and tell a failing server from a failing generator.
+
+Locust is never imported here: it patches the interpreter, and Prefect hangs beside it. Whatever happens
+to the *requests* is a result, even when all of them fail; whatever happens to the *generator* is a
+`LoadError`, since then nothing was learned about the server.
+"""
+
+import contextlib
+import ipaddress
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_REQUESTS = 2_000_000
+_START = 60.0  # how long Locust may take to start: 2 s when nothing else runs
+_LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+
+
+class LoadError(RuntimeError):
+    """The generator failed: nothing was learned about the targets."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is asked of every target: `rate` requests per second each, for `seconds`.
+
+    `timeout` is the time within which a request must be answered, in seconds. `max_lateness`: if more than 1 %
+    of the requests left later than this (seconds), the generator was saturated.
+    """
+
+    rate: float
+    seconds: float
+    arrivals: Literal["constant", "poisson"] = "constant"
+    timeout: float = 10.0
+    seed: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    max_lateness: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.rate > 0 and self.seconds > 0 and self.timeout > 0):
+            raise ValueError("rate, seconds and timeout of a load must be positive")
+        if self.planned < 1:
+            raise ValueError(f"{self.rate:g}/s for {self.seconds:g} s is not one request: ask for more")
+        if self.planned > MAX_REQUESTS:
+            raise ValueError(f"{self.planned:,} requests are more than {MAX_REQUESTS:,}: ask for fewer")
+
+    @property
+    def planned(self) -> int:
+        """How many requests each target gets."""
+        return round(self.rate * self.seconds)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed request: when (Unix seconds), of which target, why, and the answer's first characters."""
+
+    time: float
+    target: str
+    reason: str
+    status: int
+    body: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """What became of the requests to one target.
+
+    `latencies` are seconds from the intended start to the finish, in the order of finishing; a request that
+    failed or was not answered in time is +inf. `reasons` counts failures, `versions` the answers by
+    their version header.
+    """
+
+    sent: int
+    latencies: NDArray[np.float64]
+    reasons: Mapping[str, int]
+    versions: Mapping[str, int]
+
+    @property
+    def failed(self) -> int:
+        """How many requests failed or were not answered in time."""
+        return int(np.isinf(self.latencies).sum())
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. `lateness` is how late (seconds) each request left; `cpu` the share of one core that the
+    generator used; `failures` the first 200.
+    """
+
+    started: float
+    seconds: float
+    targets: Mapping[str, Target]
+    failures: tuple[Failure, ...]
+    lateness: NDArray[np.float64]
+    cpu: float
+
+    @property
+    def sent(self) -> int:
+        """Requests to all targets."""
+        return sum(target.sent for target in self.targets.values())
+
+    @property
+    def failed(self) -> int:
+        """Failed requests to all targets."""
+        return sum(target.failed for target in self.targets.values())
+
+
+class LiveTraffic:
+    """Traffic that goes on in another process until it is stopped, or its time is over.
+
+    A context manager: leaving it ends the process whatever happened.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path, profile: Profile) -> None:
+        self.process, self._folder, self._profile = process, folder, profile
+        self._result: Result | None = None
+
+    @property
+    def progress_file(self) -> Path:
+        """JSON `{sent, ok, failed, seconds}`, renewed about once a second."""
+        return self._folder / "progress.json"
+
+    def progress(self) -> dict[str, float]:
+        """The latest counts; zeros before the first. Raises `LoadError` when the generator died."""
+        if self.process.poll() not in (None, 0) and not (self._folder / "result.json").exists():
+            raise LoadError(_death(self.process.returncode, self._folder))
+        try:
+            counts: dict[str, float] = json.loads(self.progress_file.read_text())
+        except FileNotFoundError:
+            return {"sent": 0, "ok": 0, "failed": 0, "seconds": 0.0}
+        return counts
+
+    def stop(self, timeout: float = 30.0) -> Result:
+        """Send no more, wait for what is in flight, and return everything; again: the same result.
+
+        Raises `LoadError` when the generator died, or does not end within `timeout` beyond the requests' own.
+        """
+        if self._result is None:
+            # A signal before the plan is begun would leave nothing to report.
+            _wait_begun(self.process, self._folder)
+            with contextlib.suppress(ProcessLookupError):
+                self.process.terminate()
+            try:
+                self.process.wait(self._profile.timeout + timeout)
+            except subprocess.TimeoutExpired:
+                raise LoadError("Locust did not stop when told to, and was killed") from None
+            finally:
+                _kill(self.process)
+            self._result = _read(self.process.returncode, self._folder)
+        return self._result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _kill(self.process)
+
+
+def run(
+    profile: Profile, targets: Mapping[str, str], payloads: Path, *, folder: Path | None = None
+) -> Result:
+    """Put every target (name -> URL to POST to) under `profile`, all of them side by side.
+
+    `payloads` has one JSON body a line; every target gets the same ones in the same order. `folder` keeps the
+    plan, Locust's log and the raw result (default: a temporary one). Takes `profile.seconds`, plus
+    about 3 s for the start and up to `profile.timeout` for the last answers.
+
+    Raises ValueError for what cannot be asked: no targets, one that is not on this machine, no payloads.
+    Raises `LoadError` when the generator failed: died, ended early, sent less than planned, or was late.
+    """
+    with contextlib.ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="titleshot-load-")))
+        process = _launch(profile, targets, payloads, place)
+        stack.callback(_kill, process)
+        try:
+            process.wait(_START + profile.seconds + profile.timeout + 30)
+        except subprocess.TimeoutExpired:
+            raise LoadError("Locust did not end in time, and was killed") from None
+        result = _read(process.returncode, place)
+    _require_sound(result, profile)
+    return result
+
+
+def start(
+    profile: Profile, target: str, payloads: Path, folder: Path, *, version_header: str = "x-model-version"
+) -> LiveTraffic:
+    """Begin live traffic on `target` (a URL to POST to), cycling through `payloads`, until `stop()`.
+
+    Ends by itself after `profile.seconds`. `folder` holds the progress file, the log and the result.
+    Raises ValueError as `run` does.
+    """
+    process = _launch(profile, {"live": target}, payloads, folder, version_header=version_header)
+    return LiveTraffic(process, folder, profile)
+
+
+def read_result(path: Path) -> Result:
+    """A result from its file (`result.json` in the run's folder)."""
+    data = json.loads(path.read_text())
+    return Result(
+        started=data["started"],
+        seconds=data["seconds"],
+        targets={
+            name: Target(
+                sent=target["sent"],
+                latencies=np.array(
+                    [math.inf if seconds is None else seconds for seconds in target["latencies"]],
+                    dtype=np.float64,
+                ),
+                reasons=target["reasons"],
+                versions=target["versions"],
+            )
+            for name, target in data["targets"].items()
+        },
+        failures=tuple(Failure(**failure) for failure in data["failures"]),
+        lateness=np.array(data["lateness"], dtype=np.float64),
+        cpu=data["cpu"],
+    )
+
+
+def _launch(
+    profile: Profile,
+    targets: Mapping[str, str],
+    payloads: Path,
+    folder: Path,
+    *,
+    version_header: str = "x-model-version",
+) -> "subprocess.Popen[bytes]":
+    if not targets:
+        raise ValueError("a load test needs at least one target")
+    for name, url in targets.items():
+        _require_local(name, url)
+    if not payloads.is_file() or not payloads.read_bytes().strip():
+        raise ValueError(f"there are no payloads in {payloads}: one JSON request body a line is needed")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.json" for name in ("plan", "result", "progress")}
+    for file in files.values():
+        file.unlink(missing_ok=True)  # what an earlier run left here is not this run's result
+    plan: dict[str, Any] = {
+        "targets": dict(targets),
+        "payloads": str(payloads.resolve()),
+        "rate": profile.rate,
+        "seconds": profile.seconds,
+        "arrivals": profile.arrivals,
+        "timeout": profile.timeout,
+        "seed": profile.seed,
+        "headers": dict(profile.headers),
+        "result": str(files["result"].resolve()),
+        "progress": str(files["progress"].resolve()),
+        "version_header": version_header,
+    }
+    files["plan"].write_text(json.dumps(plan))
+    # Locust takes options from LOCUST_* as well: none of the caller's may change the run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
+    paths = [str(_LOCUSTFILE.parent.parent), environment.get("PYTHONPATH", "")]
+    environment |= {
+        "TITLESHOT_LOAD": str(files["plan"].resolve()),
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    command = [sys.executable, "-m", "locust", "--locustfile", str(_LOCUSTFILE), "--headless"]
+    command += ["--users", "1", "--spawn-rate", "1", "--only-summary", "--loglevel", "WARNING"]
+    # No --run-time: the user ends the run itself, and `_require_sound` looks at the clock.
+    command += ["--exit-code-on-error", "0"]
+    with (folder / "locust.log").open("wb") as log:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def _require_local(name: str, url: str) -> None:
+    """A load test against somebody else's machine is an attack."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    local = host == "localhost"
+    with contextlib.suppress(ValueError):
+        local = local or ipaddress.ip_address(host).is_loopback
+    if parts.scheme != "http" or not local:
+        raise ValueError(
+            f"target '{name}' is {url}: only http://127.0.0.1 and http://localhost are load-tested"
+        )
+
+
+def _require_sound(result: Result, profile: Profile) -> None:
+    """Raise `LoadError` unless the generator did what was planned."""
+    for name, target in result.targets.items():
+        if target.sent < profile.planned:
+            raise LoadError(
+                f"Locust sent {target.sent:,} of {profile.planned:,} requests to {name} "
+                f"in {result.seconds:.1f} of {profile.seconds:g} s"
+            )
+        if target.latencies.size != target.sent:
+            raise LoadError(f"Locust lost {target.sent - target.latencies.size:,} requests to {name}")
+    if result.seconds < profile.seconds - 0.01:
+        raise LoadError(f"Locust ended after {result.seconds:.1f} of {profile.seconds:g} s")
+    late = float(np.quantile(result.lateness, 0.99))
+    if late > profile.max_lateness:
+        raise LoadError(
+            f"the generator was saturated: 1 % of its requests left {late * 1000:.0f} ms late or more "
+            f"(at most {profile.max_lateness * 1000:.0f} ms; it used {result.cpu:.0%} of a core): lower the rate"
+        )
+
+
+def _wait_begun(process: "subprocess.Popen[bytes]", folder: Path) -> None:
+    """Until the generator has begun (its progress file is there), ended, or is out of time."""
+    until = time.monotonic() + _START
+    while process.poll() is None and not (folder / "progress.json").exists():
+        if time.monotonic() > until:
+            _kill(process)
+            raise LoadError("Locust did not start in time, and was killed")
+        time.sleep(0.05)
+
+
+def _read(code: int, folder: Path) -> Result:
+    path = folder / "result.json"
+    if code != 0 or not path.exists():
+        raise LoadError(_death(code, folder))
+    return read_result(path)
+
+
+def _death(code: int, folder: Path) -> str:
+    log = (folder / "locust.log").read_text(errors="replace").strip().splitlines()
+    last = f": {log[-1].strip()[:300]}" if log else ""
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return f"Locust {how} and left no result{last}"
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End the process and everything it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,1 @@
+"""What users do: one module per protocol. Only these modules and the locustfile import Locust."""

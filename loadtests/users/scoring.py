@@ -1,0 +1,228 @@
+"""Scoring requests at their appointed times: an open loop over HTTP, several targets side by side.
+
+A latency is the finish less the *intended* start, so a server that stalls cannot make the generator wait
+and thereby hide the stall. One greenlet keeps the schedule, each request runs in its own.
+"""
+
+import contextlib
+import gc
+import json
+import math
+import os
+import random
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gevent
+from locust import FastHttpUser, events, task
+
+MAX_FAILURES = 200
+_CONNECTIONS = 512
+
+
+class Plan:
+    """What to do, as `loadtests.run` wrote it."""
+
+    def __init__(self, path: Path) -> None:
+        plan = json.loads(path.read_text())
+        self.targets: dict[str, str] = plan["targets"]
+        self.rate: float = plan["rate"]
+        self.seconds: float = plan["seconds"]
+        self.poisson: bool = plan["arrivals"] == "poisson"
+        self.timeout: float = plan["timeout"]
+        self.seed: int = plan["seed"]
+        self.headers: dict[str, str] = {"content-type": "application/json", **plan["headers"]}
+        self.payloads = Path(plan["payloads"]).read_bytes().split(b"\n")
+        self.payloads = [line for line in self.payloads if line.strip()]
+        self.result = Path(plan["result"])
+        self.progress = Path(plan["progress"])
+        self.version_header: str = plan["version_header"]
+
+    def arrivals(self) -> Iterator[tuple[float, str, bytes]]:
+        """When (seconds after the start), to whom, and what.
+
+        Every target gets the same payloads in the same order, at the same rate. In each round every
+        target has one turn, in random order, so that none of them always follows another.
+        """
+        luck = random.Random(self.seed)
+        names = list(self.targets)
+        total = round(self.rate * self.seconds)
+        gap = 1 / (self.rate * len(names))
+        at = 0.0
+        for turn in range(total):
+            luck.shuffle(names)
+            for name in names:
+                yield at, name, self.payloads[turn % len(self.payloads)]
+                at += luck.expovariate(1 / gap) if self.poisson else gap
+
+
+class Tally:
+    """What became of the requests to one target."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.latencies = array("d")
+        self.reasons: Counter[str] = Counter()
+        self.versions: Counter[str] = Counter()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; a failed request's latency is null, since JSON knows no infinity."""
+        return {
+            "sent": self.sent,
+            "latencies": [None if math.isinf(latency) else latency for latency in self.latencies],
+            "reasons": dict(self.reasons),
+            "versions": dict(self.versions),
+        }
+
+
+class Scoring(FastHttpUser):
+    """The one user of a run: it keeps the whole schedule."""
+
+    host = "http://127.0.0.1"  # never used: requests carry their target's whole address
+    max_retries = 0
+    concurrency = _CONNECTIONS
+    plan = Plan(Path(os.environ["TITLESHOT_LOAD"]))
+    network_timeout = connection_timeout = plan.timeout
+
+    def on_start(self) -> None:
+        agent = self.client.client
+        # A cookie would pin all requests to one version; every status is an answer with a body to read.
+        agent.cookiejar = None
+        agent.valid_response_codes = frozenset(range(100, 600))
+        agent.redirect_response_codes = frozenset()
+        self.tallies = {name: Tally() for name in self.plan.targets}
+        self.lateness = array("d")
+        self.failures: list[dict[str, Any]] = []
+        self.in_flight: set[gevent.Greenlet] = set()
+        self.written = False
+        self.started = time.time()
+        self.clock = time.perf_counter()
+        self.cpu = time.process_time()
+        gc.freeze()  # what was imported never goes: keep the collector from walking over it
+        events.quitting.add_listener(self.finish)
+        gevent.spawn(self.report_progress)
+
+    @task
+    def run(self) -> None:
+        """Send every request at its time, wait for the last answers, and end the run."""
+        origin = time.perf_counter()
+        for at, name, payload in self.plan.arrivals():
+            intended = origin + at
+            wait = intended - time.perf_counter()
+            # Even when late: without a pause the answers could not be read.
+            gevent.sleep(max(wait, 0))
+            self.lateness.append(time.perf_counter() - intended)
+            self.tallies[name].sent += 1
+            request = gevent.spawn(self.send, name, payload, intended)
+            self.in_flight.add(request)
+            request.rawlink(self.in_flight.discard)
+        # The run lasts as long as was planned, even if the last arrival lies before its end.
+        gevent.sleep(max(origin + self.plan.seconds - time.perf_counter(), 0))
+        self.finish()
+        self.environment.runner.quit()
+
+    def send(self, name: str, payload: bytes, intended: float) -> None:
+        """One request; what becomes of it is counted whatever happens."""
+        status, body, reason, version = 0, b"", "", ""
+        try:
+            with self.client.post(
+                self.plan.targets[name],
+                data=payload,
+                headers=self.plan.headers,
+                name=name,
+                catch_response=True,
+            ) as response:
+                status, body = response.status_code, response.content or b""
+                error = response.request_meta["exception"]
+                if error is not None:
+                    reason = _reason(error)
+                elif not 200 <= status < 300:
+                    reason = f"HTTP {status}"
+                if response.headers:
+                    version = str(response.headers.get(self.plan.version_header) or "")
+                latency = time.perf_counter() - intended
+                if not reason and latency > self.plan.timeout:
+                    reason = "timeout"
+                if reason:
+                    response.failure(reason)
+                else:
+                    response.success()
+        except gevent.GreenletExit:
+            reason, latency = "timeout", math.inf
+        except Exception as error:  # noqa: BLE001 - nothing that happens may lose a request
+            reason, latency = _reason(error), math.inf
+        tally = self.tallies[name]
+        tally.latencies.append(math.inf if reason else latency)
+        if version:
+            tally.versions[version] += 1
+        if reason:
+            tally.reasons[reason] += 1
+            if len(self.failures) < MAX_FAILURES:
+                first = body[:500].decode(errors="replace")
+                at = time.time()
+                self.failures.append(
+                    {"time": at, "target": name, "reason": reason, "status": status, "body": first}
+                )
+
+    def finish(self, **_: object) -> None:
+        """Wait for what is in flight and write the result: at the end, and when Locust is told to stop."""
+        if self.written:
+            return
+        self.written = True
+        stopped = time.perf_counter()
+        gevent.joinall(list(self.in_flight), timeout=self.plan.timeout + 1)
+        gevent.killall(list(self.in_flight))
+        elapsed = time.perf_counter() - self.clock
+        _write(
+            self.plan.result,
+            {
+                "started": self.started,
+                "seconds": stopped - self.clock,
+                "targets": {name: tally.as_json() for name, tally in self.tallies.items()},
+                "failures": self.failures,
+                "lateness": list(self.lateness),
+                "cpu": (time.process_time() - self.cpu) / elapsed,
+            },
+        )
+        self.write_progress()
+
+    def report_progress(self) -> None:
+        """Keep the progress file no older than about a second."""
+        while not self.written:
+            self.write_progress()
+            gevent.sleep(1)
+
+    def write_progress(self) -> None:
+        """Counts over all targets, for another process to show."""
+        tallies = self.tallies.values()
+        done = sum(len(tally.latencies) for tally in tallies)
+        failed = sum(tally.reasons.total() for tally in tallies)
+        counts = {
+            "sent": sum(tally.sent for tally in tallies),
+            "ok": done - failed,
+            "failed": failed,
+            "seconds": time.perf_counter() - self.clock,
+        }
+        with contextlib.suppress(OSError):  # progress is worth less than the run
+            _write(self.plan.progress, counts)
+
+
+def _reason(error: BaseException) -> str:
+    """A short name for a transport failure; the same one for every request it happens to."""
+    cause = error
+    while getattr(cause, "original", None) is not None:
+        cause = cause.original
+    if isinstance(cause, (TimeoutError, gevent.Timeout)):
+        return "timeout"
+    return f"{type(cause).__name__}: {cause}"[:120]
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    """Whole or not at all: readers never see half a file."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(json.dumps(data))
+    beside.replace(path)

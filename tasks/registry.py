@@ -1,0 +1,214 @@
+"""The MLflow registry: versions, aliases, stages, tags, and the download of artifacts."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deployments.artifact import digest as digest_of
+from tasks.settings import Mistake
+
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+STAGE = {CHAMPION: "Production", CHALLENGER: "Staging", PREVIOUS: "Archived"}
+TAG = "titleshot."
+"""Our tags on versions: phase, promotion, verdict, digest."""
+REFUSED = ("rejected", "rolled back")
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """One version as the registry has it. `signature` is MLflow's own dict (empty where there is none)."""
+
+    model: str
+    number: str
+    run_id: str | None
+    tags: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """As people say it."""
+        return f"{self.model} v{self.number}"
+
+
+@cache
+def client() -> Any:
+    """MLflow's client for the server that `Settings.connect` chose."""
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient()
+
+
+def find(model: str, number: str) -> Registered:
+    """The version `number` of `model`. Raises `Mistake` where there is no such model or version."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = client().get_model_version(model, number)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        known = versions(model)
+        raise Mistake(
+            f"{model} has no version {number}: it has {', '.join(known) or 'none yet'}", code=2
+        ) from error
+    return Registered(model, str(version.version), version.run_id, dict(version.tags))
+
+
+def versions(model: str) -> list[str]:
+    """The numbers of all versions of `model`, oldest first. Raises `Mistake` for an unknown model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client().get_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        names = [m.name for m in client().search_registered_models(max_results=20)]
+        known = f"it has: {', '.join(names)}" if names else "it has none yet; register one with MLflow"
+        raise Mistake(f"the registry has no model '{model}' ({known})", code=2) from error
+    found = client().search_model_versions(f"name = '{model}'")
+    return sorted((str(v.version) for v in found), key=int)
+
+
+def aliased(model: str, alias: str) -> str | None:
+    """The version number that `alias` names; None where the alias is not set."""
+    try:
+        return _aliases(model).get(alias)
+    except Mistake:
+        return None
+
+
+def _aliases(model: str) -> dict[str, str]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = client().get_registered_model(model).aliases
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            versions(model)
+        raise
+    return {alias: str(number) for alias, number in found.items()}
+
+
+def set_alias(model: str, alias: str, number: str | None) -> None:
+    """Make `alias` name `number`, or nothing; the stage moves along where the registry still has stages."""
+    if number is None:
+        client().delete_registered_model_alias(model, alias)
+        return
+    client().set_registered_model_alias(model, alias, number)
+    set_stage(model, number, STAGE[alias])
+
+
+def set_stage(model: str, number: str, stage: str) -> None:
+    """Move a version's stage (None, Staging, Production, Archived); nothing where MLflow has none left."""
+    transition = getattr(client(), "transition_model_version_stage", None)
+    if transition is None:
+        return
+    with warnings.catch_warnings():
+        # Deprecated since MLflow 2.9, and still what many registries are read by.
+        warnings.simplefilter("ignore", FutureWarning)
+        transition(model, number, stage)
+
+
+def tag(model: str, number: str, **tags: str) -> None:
+    """Set our tags on a version (phase, promotion, verdict, digest)."""
+    for name, value in tags.items():
+        client().set_model_version_tag(model, number, TAG + name, value[:4500])
+
+
+def local_path(version: Registered, home: Path) -> Path:
+    """Where a version's artifacts lie under the home, once downloaded."""
+    return home / "models" / version.model / version.number
+
+
+def download(version: Registered, home: Path) -> Path:
+    """The version's artifacts under the home, downloaded anew. Returns their directory."""
+    import mlflow.artifacts
+
+    path = local_path(version, home)
+    if path.exists():
+        # Never trust what lies here from an earlier time: the digest is of what the registry gives now.
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+    mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.model}/{version.number}", dst_path=str(path))
+    return path
+
+
+def admit(version: Registered, path: Path) -> tuple[str, str]:
+    """The digest recorded for a version and the digest of what was downloaded.
+
+    The first time a version is seen, its digest is recorded as a tag; from then on it must stay.
+    """
+    found = digest_of(path)
+    recorded = version.tags.get(TAG + "digest")
+    if recorded is None:
+        tag(version.model, version.number, digest=found)
+    return recorded or found, found
+
+
+def quarantined(model: str, digest: str) -> str | None:
+    """Why an artifact of this digest was refused before, under whatever version number; None if it was not."""
+    for version in client().search_model_versions(f"name = '{model}'"):
+        tags = version.tags
+        if tags.get(TAG + "digest") == digest and tags.get(TAG + "phase") in REFUSED:
+            verdict = tags.get(TAG + "verdict", "no verdict was kept")
+            return f"v{version.version} was {tags[TAG + 'phase']} in {tags.get(TAG + 'promotion')}: {verdict}"
+    return None
+
+
+def signature(path: Path) -> dict[str, Any]:
+    """The MLflow signature in a downloaded version's MLmodel file; empty where it has none."""
+    import yaml
+
+    return dict(yaml.safe_load((path / "MLmodel").read_text()).get("signature") or {})
+
+
+def example_request(path: Path) -> bytes | None:
+    """The request body that MLflow stored beside the model; None without an input example."""
+    try:
+        return (path / "serving_input_example.json").read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def reference(version: Registered, home: Path) -> Path:
+    """The features that the version was trained on: `reference/features.parquet` of its run.
+
+    Raises `Mistake` where the run has none.
+    """
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    hint = (
+        f"log a sample of its training features as the run's artifact reference/features.parquet, "
+        f"or name a parquet file in the policy's features gate (`reference:`)"
+    )
+    if version.run_id is None:
+        raise Mistake(f"{version.name} has no run to find its reference features in: {hint}")
+    into = home / "references" / version.model / version.number
+    into.mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                run_id=version.run_id, artifact_path="reference/features.parquet", dst_path=str(into)
+            )
+        )
+    except (MlflowException, OSError) as error:
+        raise Mistake(f"{version.name} has no reference features: {hint}") from error
+
+
+def links(version: Registered, uri: str) -> dict[str, str]:
+    """Addresses of a version's pages in the MLflow UI."""
+    pages = {"version": f"{uri}/#/models/{version.model}/versions/{version.number}"}
+    if version.run_id:
+        pages["run"] = f"{uri}/#/runs/{version.run_id}"
+    return pages
+
+
+def dumps(data: object) -> str:
+    """JSON as we store it: stable order, so that equal data has an equal digest."""
+    return json.dumps(data, sort_keys=True, indent=1, default=str)

@@ -1,0 +1,128 @@
+"""Where things are: the environment's side of the configuration (what is good enough is the policy's).
+
+Every setting is an environment variable `TITLESHOT_<NAME>`. Nothing heavy is imported here: the command
+line answers from this module.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+QUIET = {
+    # Telemetry of every dependency is off in our stack, and MLflow gives up in seconds, not in minutes.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLIENT_METRICS_ENABLED": "false",
+    "GX_ANALYTICS_ENABLED": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+}
+
+
+class Mistake(Exception):
+    """Something that the user can mend: the message is one line that says what, where and how.
+
+    `code` is the exit code: 2 for wrong use, 1 where the surroundings are not as they must be.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Settings(BaseSettings):
+    """Settings of one home. `mlflow_uri` and `prefect_api_url` point at servers of the user's own; where
+    they are empty, `titleshot up` runs both on this machine with their data under the home."""
+
+    model_config = SettingsConfigDict(env_prefix="TITLESHOT_", extra="ignore")
+
+    home: Path = Path(".titleshot")
+    mlflow_uri: str | None = None
+    prefect_api_url: str | None = None
+    deploy_timeout: float = 120.0
+    """Seconds until a version that is not ready counts as one that never will be."""
+    env_manager: str = "local"
+    """How model servers get their environment, in MLflow's words: local, virtualenv, uv, conda."""
+
+    @property
+    def stack_file(self) -> Path:
+        """Where `up` records the ports that it chose."""
+        return self.home / "stack.json"
+
+    def stack(self) -> dict[str, Any]:
+        """What `up` recorded: ports by program; empty before the first `up`."""
+        try:
+            return dict(json.loads(self.stack_file.read_text()))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise Mistake(f"{self.stack_file} cannot be read ({error}): remove it and run `titleshot up`") from error
+
+    @property
+    def mlflow(self) -> str:
+        """The MLflow server's address. Raises `Mistake` where there is none yet."""
+        return self.mlflow_uri or self._local("mlflow")
+
+    @property
+    def prefect(self) -> str:
+        """The Prefect API's address. Raises `Mistake` where there is none yet."""
+        return self.prefect_api_url or self._local("prefect") + "/api"
+
+    def _local(self, program: str) -> str:
+        port = self.stack().get(f"{program}_port")
+        if port is None:
+            raise Mistake(f"there is no stack in {self.home}: start it with `titleshot up`")
+        return f"http://127.0.0.1:{port}"
+
+    def connect(self) -> None:
+        """Point this process's MLflow and Prefect at our servers, telemetry off; before importing either.
+
+        Raises `Mistake` where one of them does not answer.
+        """
+        for name, address, path in (("MLflow", self.mlflow, "/health"), ("Prefect", self.prefect, "/health")):
+            try:
+                httpx.get(address + path, timeout=10).raise_for_status()
+            except httpx.HTTPError as error:
+                mend = "start the stack with `titleshot up`, or see `titleshot status`"
+                if (name == "MLflow" and self.mlflow_uri) or (name == "Prefect" and self.prefect_api_url):
+                    variable = "TITLESHOT_MLFLOW_URI" if name == "MLflow" else "TITLESHOT_PREFECT_API_URL"
+                    mend = f"check {variable}"
+                raise Mistake(f"{name} does not answer at {address} ({error or type(error).__name__}): {mend}") from error
+        os.environ.update(QUIET)
+        os.environ["MLFLOW_TRACKING_URI"] = os.environ["MLFLOW_REGISTRY_URI"] = self.mlflow
+        os.environ["PREFECT_API_URL"] = self.prefect
+        os.environ.setdefault("PREFECT_HOME", str(self.home / "prefect"))
+
+
+def load() -> Settings:
+    """The settings in force, the home made absolute. Raises `Mistake` for an unusable variable."""
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"TITLESHOT_{str(first['loc'][0]).upper()}"
+        raise Mistake(f"{name}={first['input']!r}: {first['msg']}", code=2) from error
+    return settings.model_copy(update={"home": settings.home.expanduser().resolve()})
+
+
+def writable(home: Path) -> None:
+    """Make the home directory. Raises `Mistake` where it cannot be written."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe = home / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise Mistake(
+            f"the home directory {home} cannot be written ({error.strerror}): "
+            "make it writable, or name another one in TITLESHOT_HOME"
+        ) from error

@@ -1,0 +1,405 @@
+"""Feature data held against an expectation suite: the only module that imports Great Expectations.
+
+The import costs about 10 s of CPU, so it happens inside `validate`; a suite is made, changed and stored
+without it. A suite is Great Expectations' own JSON and is meant to be edited by hand; its
+`meta.titleshot.families` holds the family of each column's type, since Great Expectations'
+`expect_column_values_to_be_of_type` goes by names that pandas 3 changed.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from validations.verdict import Measurement, Value
+
+Suite = dict[str, Any]
+_LIVE = {
+    "expect_column_to_exist",
+    "expect_column_values_to_not_be_null",
+    "expect_column_values_to_be_between",
+    "expect_column_values_to_be_in_set",
+}
+
+
+class ExpectationError(RuntimeError):
+    """An expectation could not be evaluated at all: nothing was learned about the data."""
+
+
+class Allowance(Value):
+    """How far data of the same kind may lie from the data that a suite was made from.
+
+    `outside`: share of values that may lie out of range or set. `beyond`: how far the range is widened, in
+    its own widths. `nulls`: how much the share of nulls may grow (it may also double). `quartiles`: how far
+    quartiles may move, in interquartile ranges; `mean`: in standard deviations; `spread`: the factor by
+    which the standard deviation may change. `shares`: Kullback-Leibler divergence (nats) of categories.
+    `categories`: with more distinct values than this a text column is free text, without a set.
+    """
+
+    outside: float = 0.01
+    beyond: float = 0.25
+    nulls: float = 0.02
+    quartiles: float = 0.5
+    mean: float = 0.5
+    spread: float = 1.5
+    shares: float = 0.25
+    categories: int = 100
+
+
+class Result(Value):
+    """How one expectation ended; `sentence` says what was expected, seen and wanted."""
+
+    column: str
+    expectation: str
+    success: bool
+    sentence: str
+
+
+class Report(Value):
+    """What `validate` found: columns first, then the rest in the suite's order."""
+
+    suite: str
+    rows: int
+    live: bool
+    results: tuple[Result, ...]
+
+    @property
+    def unmet(self) -> tuple[Result, ...]:
+        """The expectations that are not met."""
+        return tuple(result for result in self.results if not result.success)
+
+
+def suite_from(
+    frame: pd.DataFrame, name: str, *, allowance: Allowance | None = None, exclude: Collection[str] = ()
+) -> Suite:
+    """A suite that data like `frame` (the champion's training data, n rows) meets.
+
+    Every column: is there, type family, share of nulls. Numbers: range, mean, quartiles, standard deviation.
+    Text of few values: the set, and the share of each value. Leave out (`exclude`) columns that are meant to
+    move, such as the month. Raises ValueError for an empty frame.
+    """
+    _refuse_empty(frame)
+    allowance = allowance or Allowance()
+    columns = [str(column) for column in frame.columns if column not in exclude]
+    expectations = []
+    for column in columns:
+        expectations.append(_expect("column_to_exist", column))
+        expectations += _nulls(frame[column], column, allowance)
+        family = _family(frame[column])
+        if family == "number":
+            expectations += _numbers(frame[column], column, allowance)
+        elif family in ("text", "boolean"):
+            expectations += _categories(frame[column], column, allowance)
+    families = {column: _family(frame[column]) for column in columns}
+    meta = {"titleshot": {"families": families, "rows": len(frame), "live": False}}
+    return {"name": name, "expectations": expectations, "meta": meta}
+
+
+def for_live_sample(suite: Suite, rows: int) -> Suite:
+    """The part of `suite` that a sample of `rows` live requests must meet: columns, nulls, ranges and sets.
+
+    Means, quartiles and shares are left out: a few hundred requests of one hour differ in them from a
+    training set for no fault of the features. The shares that remain are relaxed to what a sample of
+    this size shows with a probability of 1e-4 (binomial).
+    """
+    kept = []
+    for expectation in suite["expectations"]:
+        if expectation["type"] not in _LIVE:
+            continue
+        kwargs = dict(expectation["kwargs"])
+        if "mostly" in kwargs:
+            kwargs["mostly"] = float(stats.binom.ppf(1e-4, rows, kwargs["mostly"]) / rows)
+        kept.append({**expectation, "kwargs": kwargs})
+    ours = {**suite.get("meta", {}).get("titleshot", {}), "live": True}
+    return {**suite, "expectations": kept, "meta": {**suite.get("meta", {}), "titleshot": ours}}
+
+
+def save(suite: Suite, path: Path) -> None:
+    """Write a suite as JSON that people can edit."""
+    path.write_text(json.dumps(suite, indent=2, allow_nan=False) + "\n")
+
+
+def load(path: Path) -> Suite:
+    """Read a suite. Raises ValueError, with the path, for what is not one."""
+    try:
+        suite = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no suite at {path}: make one with `titleshot suite`") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(suite, dict) or not suite.get("expectations") or "name" not in suite:
+        raise ValueError(f"{path} is no suite: it needs `name` and a list of `expectations`")
+    return suite
+
+
+def validate(suite: Suite, frame: pd.DataFrame) -> Report:
+    """Hold `frame` against `suite`.
+
+    A column that is missing, or of another type family, is one unmet expectation, and the column's others are
+    not asked: Great Expectations would report each of them as an exception. An exception that is left has
+    another cause, and raises `ExpectationError`. Raises ValueError for an empty frame.
+    """
+    _refuse_empty(frame)
+    ours = suite.get("meta", {}).get("titleshot", {})
+    live = bool(ours.get("live"))
+    results = list(_columns(suite, frame, ours.get("families", {}), live=live))
+    lost = {result.column for result in results if not result.success}
+    asked = [
+        expectation
+        for expectation in suite["expectations"]
+        if expectation["type"] != "expect_column_to_exist" and not lost & set(_named(expectation))
+    ]
+    if asked:
+        found = _run(suite["name"], asked, _plain_types(frame))
+        results += [_result(expectation, one) for expectation, one in zip(asked, found, strict=True)]
+    return Report(suite=suite["name"], rows=len(frame), live=live, results=tuple(results))
+
+
+def measurements(report: Report) -> dict[str, Measurement]:
+    """`unmet_expectations`, or `unmet_live_expectations` of a live sample: how many (exact).
+
+    `where` is the column of the first one, `note` its sentence.
+    """
+    name = "unmet_live_expectations" if report.live else "unmet_expectations"
+    unmet = report.unmet
+    if not unmet:
+        return {name: Measurement.exact(0, note=f"{len(report.results)} met by {report.rows:,} rows")}
+    more = f" (and {len(unmet) - 1} more)" if len(unmet) > 1 else ""
+    note = unmet[0].sentence + more
+    return {name: Measurement.exact(len(unmet), where=unmet[0].column, note=note)}
+
+
+def _refuse_empty(frame: pd.DataFrame) -> None:
+    if frame.empty:
+        raise ValueError(
+            f"the feature data is empty ({len(frame)} rows, {len(frame.columns)} columns): "
+            "there is nothing to expect of it"
+        )
+
+
+# Making a suite -----------------------------------------------------------------------------------------
+
+
+def _expect(kind: str, column: str, **kwargs: Any) -> dict[str, Any]:
+    return {"type": f"expect_{kind}", "kwargs": {"column": column, **kwargs}, "meta": {}}
+
+
+def _nulls(values: "pd.Series[Any]", column: str, allowance: Allowance) -> list[dict[str, Any]]:
+    share = float(values.isna().mean())
+    mostly = 1 - share - max(allowance.nulls, share)
+    return [_expect("column_values_to_not_be_null", column, mostly=round(mostly, 6))] if mostly > 0 else []
+
+
+def _numbers(values: "pd.Series[Any]", column: str, allowance: Allowance) -> Iterator[dict[str, Any]]:
+    numbers = values.dropna().to_numpy(dtype=np.float64)
+    numbers = numbers[np.isfinite(numbers)]
+    if not numbers.size:
+        return
+    low, high = float(numbers.min()), float(numbers.max())
+    margin = allowance.beyond * (high - low) or abs(high) * 1e-9
+    yield _expect(
+        "column_values_to_be_between",
+        column,
+        min_value=low - margin,
+        max_value=high + margin,
+        mostly=1 - allowance.outside,
+    )
+    deviation = float(numbers.std())
+    if deviation == 0:
+        return
+    mean = float(numbers.mean())
+    # A small sample's own mean, quartiles and deviation are off by this much (four standard errors).
+    error = 4 / math.sqrt(numbers.size)
+    width = (allowance.mean + error) * deviation
+    yield _expect("column_mean_to_be_between", column, min_value=mean - width, max_value=mean + width)
+    quartiles = [float(q) for q in np.quantile(numbers, [0.25, 0.5, 0.75])]
+    # Where most values are equal the interquartile range is nothing, and the deviation stands in.
+    width = (allowance.quartiles + error) * max(quartiles[2] - quartiles[0], deviation / 4)
+    ranges = {
+        "quantiles": [0.25, 0.5, 0.75],
+        "value_ranges": [[q - width, q + width] for q in quartiles],
+    }
+    yield _expect("column_quantile_values_to_be_between", column, quantile_ranges=ranges)
+    factor = allowance.spread + error
+    yield _expect(
+        "column_stdev_to_be_between", column, min_value=deviation / factor, max_value=deviation * factor
+    )
+
+
+def _categories(values: "pd.Series[Any]", column: str, allowance: Allowance) -> Iterator[dict[str, Any]]:
+    shares = values.dropna().value_counts(normalize=True)
+    if not 0 < len(shares) <= allowance.categories:
+        return
+    known = [_plain(value) for value in shares.index]
+    yield _expect(
+        "column_values_to_be_in_set", column, value_set=sorted(known, key=str), mostly=1 - allowance.outside
+    )
+    if len(known) > 1 and _family(values) == "text":
+        yield _expect(
+            "column_kl_divergence_to_be_less_than",
+            column,
+            partition_object={"values": known, "weights": [float(share) for share in shares]},
+            threshold=allowance.shares + len(known) / len(values),
+            # Without it one value outside the reference makes the divergence infinite.
+            tail_weight_holdout=allowance.outside / 10,
+        )
+
+
+def _family(values: "pd.Series[Any]") -> str:
+    """The kind of a column's values: number, text, boolean, datetime, nothing (all null) or other."""
+    kind = pd.api.types.infer_dtype(values, skipna=True)
+    if values.isna().all():
+        return "nothing"
+    if kind == "categorical":
+        return _family(pd.Series(values.cat.categories))
+    if kind in ("integer", "floating", "mixed-integer-float", "decimal"):
+        return "number"
+    families = {"string": "text", "boolean": "boolean"}
+    return families.get(kind, "datetime" if kind.startswith(("datetime", "date")) else "other")
+
+
+# Holding data against it ----------------------------------------------------------------------------------
+
+
+def _columns(
+    suite: Suite, frame: pd.DataFrame, families: Mapping[str, str], *, live: bool
+) -> Iterator[Result]:
+    """Whether each column named is there, and its values of the right family."""
+    present = {str(column) for column in frame.columns}
+    named = dict.fromkeys(column for expectation in suite["expectations"] for column in _named(expectation))
+    for column in named:
+        missing = column not in present
+        yield Result(
+            column=column,
+            expectation="column_to_exist",
+            success=not missing,
+            sentence=f"'{column}' is {'missing' if missing else 'there'}",
+        )
+        if missing or column not in families:
+            continue
+        seen, wanted = _family(frame[column]), families[column]
+        # In JSON, which live requests are, a date is text.
+        alike = {seen, wanted} <= {"datetime", "text"} and live
+        yield Result(
+            column=column,
+            expectation="type_family",
+            success=wanted in (seen, "nothing") or (live and seen == "nothing") or alike,
+            sentence=f"'{column}' holds values of the family '{seen}', wanted '{wanted}'",
+        )
+
+
+def _plain_types(frame: pd.DataFrame) -> pd.DataFrame:
+    """Columns as Great Expectations compares them: numbers among nulls as floats, categories as objects."""
+    changed = {}
+    for column in frame.columns:
+        values = frame[column]
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            changed[column] = values.astype(object)
+        elif values.dtype == object and _family(values) in ("number", "nothing"):
+            changed[column] = pd.to_numeric(values)
+    return frame.assign(**changed)
+
+
+def _named(expectation: Mapping[str, Any]) -> list[str]:
+    kwargs = expectation["kwargs"]
+    single = [kwargs[key] for key in ("column", "column_A", "column_B") if key in kwargs]
+    return [*single, *kwargs.get("column_list", [])]
+
+
+def _run(name: str, expectations: list[dict[str, Any]], frame: pd.DataFrame) -> list[Any]:
+    """Great Expectations' results as plain data, in the order of `expectations`."""
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # read at import
+    # Results come in another order than the expectations, so each carries its place along.
+    numbered = [
+        {**expectation, "meta": {**expectation.get("meta", {}), "at": at}}
+        for at, expectation in enumerate(expectations)
+    ]
+    try:
+        with _quiet():
+            import great_expectations as gx
+
+            context = gx.get_context(mode="ephemeral")
+            context.variables.progress_bars = {"globally": False}
+            suite = gx.ExpectationSuite(name=name, expectations=numbered)
+            # An expectation that it does not know is logged and left out: that would be a silent pass.
+            known = {expectation.meta["at"] for expectation in suite.expectations}
+            batches = context.data_sources.add_pandas("features").add_dataframe_asset("features")
+            batch = batches.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": frame})
+            found = batch.validate(suite, result_format="SUMMARY").results
+            results = {one.expectation_config.meta["at"]: one.to_json_dict() for one in found}
+    except Exception as error:
+        raise ExpectationError(f"the suite '{name}' cannot be evaluated: {error}") from error
+    for at, expectation in enumerate(expectations):
+        if at not in known or at not in results:
+            raise ExpectationError(f"the suite '{name}' has an unknown expectation: {expectation['type']}")
+    return [results[at] for at in range(len(expectations))]
+
+
+def _result(expectation: Mapping[str, Any], found: Mapping[str, Any]) -> Result:
+    column = ", ".join(_named(expectation))
+    kind = expectation["type"].removeprefix("expect_")
+    raised = _exception(found.get("exception_info") or {})
+    if raised:
+        raise ExpectationError(f"{kind} of '{column}' cannot be evaluated: {raised}")
+    wanted = {key: value for key, value in expectation["kwargs"].items() if not key.startswith("column")}
+    about = " ".join(part for part in kind.split("_") if part != "column")
+    sentence = f"'{column}' {about}: {_observed(found.get('result') or {})} (wanted {_text(wanted)})"
+    return Result(column=column, expectation=kind, success=found.get("success") is True, sentence=sentence)
+
+
+def _exception(info: Mapping[str, Any]) -> str:
+    """What was raised, if anything: flat in some results, one record per metric in others."""
+    for record in (info, *(value for value in info.values() if isinstance(value, dict))):
+        if record.get("raised_exception"):
+            return str(record.get("exception_message") or "no reason given")
+    return ""
+
+
+def _observed(result: Mapping[str, Any]) -> str:
+    if result.get("observed_value") is not None:
+        return f"observed {_text(result['observed_value'])}"
+    if "unexpected_count" in result:
+        odd = dict.fromkeys(_text(value) for value in result.get("partial_unexpected_list", []))
+        some = f", such as {', '.join(list(odd)[:5])}" if odd and set(odd) != {"null"} else ""
+        return f"{result['unexpected_count']:,} of {result['element_count']:,} values are not{some}"
+    return "nothing observed"
+
+
+def _text(value: Any) -> str:
+    """Plain data as people read it: four digits, long lists cut."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_text(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        shown = ", ".join(_text(inner) for inner in value[:12])
+        return f"[{shown}{', ...' if len(value) > 12 else ''}]"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "null" if value is None else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, warnings or tracebacks in the log: what matters is in the results."""
+    log = logging.getLogger("great_expectations")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
