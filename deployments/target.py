@@ -103,7 +103,8 @@ class Traffic:
 @dataclass(frozen=True, slots=True)
 class Histogram:
     """Latencies in buckets. `counts[i]` lie in (edges[i-1], edges[i]] seconds; the last count is beyond
-    the last edge, so there is one count more than there are edges."""
+    the last edge, so there is one count more than there are edges.
+    """
 
     edges: tuple[float, ...] = ()
     counts: tuple[int, ...] = (0,)
@@ -185,7 +186,8 @@ class ServingTarget(Protocol):
 
     def route(self, traffic: Traffic, fence: Fence) -> None:
         """Make the data plane obey `traffic`, read back from it. Refuses to send requests to a version
-        that is not healthy; where the data plane refuses, the last good configuration stays."""
+        that is not healthy; where the data plane refuses, the last good configuration stays.
+        """
 
     def traffic(self, model: str) -> Traffic | None:
         """The traffic in force as the data plane has it; None where the model is not served."""

@@ -166,15 +166,15 @@ def history(model: str, /, *, json_: Json = False) -> int:
     if json_:
         _json([dataclasses.asdict(entry) for entry in found])
         return FINE
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("promotion", "began (UTC)", "from", "to", "phase", "decided at", "why"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("phase", "from", "to"))
     for e in found:
-        table.add_row(
-            *(e.id, f"{e.started:%Y-%m-%d %H:%M:%S}", f"v{e.champion}" if e.champion else "-", f"v{e.challenger}"),
-            *(f"[{STYLES.get(e.phase, '')}]{e.phase}[/]", e.step, escape(e.why)),
+        way = f"v{e.champion} -> v{e.challenger}" if e.champion else f"v{e.challenger}"
+        at = f" at {e.step}" if e.step else ""
+        out.print(
+            f"[bold]{e.id}[/]  {way}  [{STYLES.get(e.phase, '')}]{e.phase}[/]{at}  [dim]{e.started:%Y-%m-%d %H:%M} UTC[/]"
         )
-    out.print(table if found else f"{model} has no promotions yet")
+        out.print(f"    {escape(e.why)}")
+    if not found:
+        out.print(f"{model} has no promotions yet")
     return FINE
 
 
@@ -280,18 +280,35 @@ def _print_status(found: dict[str, Any]) -> None:
         table.add_column(column)
     for program in found["programs"]:
         state = program["state"]
-        table.add_row(program["name"], f"[{STYLES.get(state, 'red')}]{state}[/]", str(program["pid"]), program["address"])
+        table.add_row(
+            program["name"],
+            f"[{STYLES.get(state, 'red')}]{state}[/]",
+            str(program["pid"]),
+            program["address"],
+        )
     out.print(table)
     for model in found["models"]:
-        challenger = f", v{model['challenger']} answers {model['weight']:g}% and mirrors {model['mirror']:g}%" if model["challenger"] else ""
+        challenger = (
+            f", v{model['challenger']} answers {model['weight']:g}% and mirrors {model['mirror']:g}%"
+            if model["challenger"]
+            else ""
+        )
         out.print(f"\n[bold]{model['model']}[/]: v{model['serving']} serves{challenger}")
         out.print(f"  POST {model['gateway']}/invocations")
         if not model["agrees"]:
-            out.print(f"  [red]the alias champion names {model['alias'] or 'nothing'}: traffic and registry disagree[/]")
+            out.print(
+                f"  [red]the alias champion names {model['alias'] or 'nothing'}: traffic and registry disagree[/]"
+            )
 
 
 def _print_demo(result: dict[str, Any]) -> None:
-    table = Table(title=f"\n{result['model']}: six challengers, one policy", title_justify="left", header_style="dim", box=None, pad_edge=False)
+    table = Table(
+        title=f"\n{result['model']}: six challengers, one policy",
+        title_justify="left",
+        header_style="dim",
+        box=None,
+        pad_edge=False,
+    )
     for column in ("challenger", "phase", "step", "why"):
         table.add_column(column, overflow="fold", no_wrap=column != "why")
     for row in result["challengers"]:
@@ -300,7 +317,9 @@ def _print_demo(result: dict[str, Any]) -> None:
     out.print(table)
     live = result["live"]
     colour = "green" if live["failed"] == 0 else "red"
-    out.print(f"\nlive requests: {live['requests']:,}, failed: [{colour}]{live['failed']}[/], in {result['seconds']:.0f} s")
+    out.print(
+        f"\nlive requests: {live['requests']:,}, failed: [{colour}]{live['failed']}[/], in {result['seconds']:.0f} s"
+    )
     for name, address in result["addresses"].items():
         out.print(f"  {name:<8} {address}")
     out.print("\nnext:")
@@ -337,7 +356,9 @@ def run(arguments: list[str] | None = None) -> int:
             raise
         # Whatever is left is the platform's: one line for the person, the traceback for who asks for it.
         text = " ".join(str(error).split())[:600]
-        err.print(escape(f"titleshot: {type(error).__name__}: {text} (TITLESHOT_DEBUG=1 shows where)"), style="red")
+        err.print(
+            escape(f"titleshot: {type(error).__name__}: {text} (TITLESHOT_DEBUG=1 shows where)"), style="red"
+        )
         return ERROR
     return code if isinstance(code, int) else FINE
 

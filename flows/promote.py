@@ -26,7 +26,10 @@ from validations.verdict import Evidence, Measurement, Outcome, Verdict, judge
 
 @flow(name="promote", flow_run_name="promote {model}", persist_result=False, retries=0)
 def promote(
-    model: str, policy: str, version: str | None = None, again: bool = False  # noqa: FBT001, FBT002 - a form's field
+    model: str,
+    policy: str,
+    version: str | None = None,
+    again: bool = False,  # noqa: FBT001, FBT002 - a form's field
 ) -> dict[str, Any]:
     """Take a challenger of `model` through the gates of a policy, to the champion's place or back.
 
@@ -105,7 +108,9 @@ def _promote(context: Context, policy: Policy, identifier: str, text: str) -> di
         history.finish(run_id, failed=True)
         raise
     _tidy(context, promotion)
-    page = report.write(promotion, context.folder, registry.links(context.challenger.registered, context.settings.mlflow))
+    page = report.write(
+        promotion, context.folder, registry.links(context.challenger.registered, context.settings.mlflow)
+    )
     history.keep(run_id, page, "report")
     history.finish(run_id)
     create_markdown_artifact(
@@ -145,7 +150,9 @@ def perform(context: Context, promotion: Promotion, step: Step, run_id: str) -> 
         seen = _perform(context, promotion.policy, step, outcome_of)
         artifacts = _keep(context, seen, step, run_id)
     except Exception as error:  # noqa: BLE001 - whatever the platform raises is evidence that nothing was proven
-        note = f"{type(error).__name__}: {error}" if not isinstance(error, Mistake | TargetError) else str(error)
+        note = (
+            f"{type(error).__name__}: {error}" if not isinstance(error, Mistake | TargetError) else str(error)
+        )
         evidence = Evidence(note=note, started=started, finished=datetime.now(UTC))
         return judge(step.name, bounds, evidence, min_sample)
     return judge(step.name, bounds, seen.evidence(artifacts, started), min_sample)
@@ -234,9 +241,13 @@ def _policy(path: Path, model: str) -> tuple[str, Policy]:
     except PolicyError as error:
         raise Mistake(str(error), code=2) from error
     if policy.model != model:
-        raise Mistake(f"{path.name} is the policy of {policy.model}, not of {model}: name the right one", code=2)
+        raise Mistake(
+            f"{path.name} is the policy of {policy.model}, not of {model}: name the right one", code=2
+        )
     if any(gate.kind == "approval" for gate in policy.gates):
-        raise Mistake(f"{path.name}: approvals are not built yet; take the `approval` gate out of the policy", code=2)
+        raise Mistake(
+            f"{path.name}: approvals are not built yet; take the `approval` gate out of the policy", code=2
+        )
     return text, policy
 
 
@@ -245,7 +256,9 @@ def _challenger(model: str, version: str | None, champion: str | None) -> regist
     number = version or registry.aliased(model, registry.CHALLENGER)
     if number is None:
         hint = f"it has {', '.join(known)}" if known else "it has none"
-        raise Mistake(f"which version of {model}? name one with --version, or set the alias challenger ({hint})", code=2)
+        raise Mistake(
+            f"which version of {model}? name one with --version, or set the alias challenger ({hint})", code=2
+        )
     found = registry.find(model, number)
     if number == champion:
         raise Mistake(f"{found.name} is the champion already: there is nothing to promote", code=2)
@@ -317,11 +330,18 @@ def _give_back(context: Context) -> None:
 def _tidy(context: Context, promotion: Promotion) -> None:
     """After a promotion the version before the previous one is taken down; the previous stays warm."""
     model, target = context.model, context.target
-    keep = {promotion.champion, promotion.challenger} if promotion.stopped_by is None else {promotion.champion, context.previous}
+    keep = (
+        {promotion.champion, promotion.challenger}
+        if promotion.stopped_by is None
+        else {promotion.champion, context.previous}
+    )
     for number in target.deployed(model):
         if number not in keep:
             target.retire(model, number, context.fence)
-    if promotion.stopped_by is not None and registry.aliased(model, registry.CHALLENGER) == promotion.challenger:
+    if (
+        promotion.stopped_by is not None
+        and registry.aliased(model, registry.CHALLENGER) == promotion.challenger
+    ):
         registry.set_alias(model, registry.CHALLENGER, None)
         registry.set_stage(model, promotion.challenger, "None")
 

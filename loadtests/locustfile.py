@@ -8,7 +8,7 @@ from loadtests.users.scoring import Scoring
 __all__ = ["Scoring"]
 
 
-@events.init.add_listener
+@events.init.add_listener  # type: ignore[untyped-decorator]
 def _wake(**_: object) -> None:
     """Let gevent's loop look at the clock.
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 MAX_REQUESTS = 2_000_000
 _START = 60.0  # how long Locust may take to start: 2 s when nothing else runs
+_GRACE = 30.0  # and how long beyond its plan it may take to end
 _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
@@ -38,8 +39,8 @@ class LoadError(RuntimeError):
 class Profile:
     """What is asked of every target: `rate` requests per second each, for `seconds`.
 
-    `timeout` is the time within which a request must be answered, in seconds. `max_lateness`: if more than 1 %
-    of the requests left later than this (seconds), the generator was saturated.
+    `timeout`: seconds within which a request must be answered. `max_lateness`: if more than 1 % of the
+    requests left later than this (seconds), the generator was saturated.
     """
 
     rate: float
@@ -144,7 +145,7 @@ class LiveTraffic:
             return {"sent": 0, "ok": 0, "failed": 0, "seconds": 0.0}
         return counts
 
-    def stop(self, timeout: float = 30.0) -> Result:
+    def stop(self, timeout: float = _GRACE) -> Result:
         """Send no more, wait for what is in flight, and return everything; again: the same result.
 
         Raises `LoadError` when the generator died, or does not end within `timeout` beyond the requests' own.
@@ -189,7 +190,7 @@ def run(
         process = _launch(profile, targets, payloads, place)
         stack.callback(_kill, process)
         try:
-            process.wait(_START + profile.seconds + profile.timeout + 30)
+            process.wait(_START + profile.seconds + profile.timeout + _GRACE)
         except subprocess.TimeoutExpired:
             raise LoadError("Locust did not end in time, and was killed") from None
         result = _read(process.returncode, place)
@@ -291,9 +292,7 @@ def _require_local(name: str, url: str) -> None:
     with contextlib.suppress(ValueError):
         local = local or ipaddress.ip_address(host).is_loopback
     if parts.scheme != "http" or not local:
-        raise ValueError(
-            f"target '{name}' is {url}: only http://127.0.0.1 and http://localhost are load-tested"
-        )
+        raise ValueError(f"target '{name}' is {url}: only http on this machine is load-tested")
 
 
 def _require_sound(result: Result, profile: Profile) -> None:
@@ -312,7 +311,7 @@ def _require_sound(result: Result, profile: Profile) -> None:
     if late > profile.max_lateness:
         raise LoadError(
             f"the generator was saturated: 1 % of its requests left {late * 1000:.0f} ms late or more "
-            f"(at most {profile.max_lateness * 1000:.0f} ms; it used {result.cpu:.0%} of a core): lower the rate"
+            f"(at most {profile.max_lateness * 1000:.0f} ms; {result.cpu:.0%} of a core): lower the rate"
         )
 
 
@@ -341,7 +340,8 @@ def _death(code: int, folder: Path) -> str:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End the process and everything it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """End the process and everything it started, unless it has ended."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -18,7 +18,8 @@ Decided = Callable[[Mapping[str, Measurement]], bool]
 @dataclass(frozen=True, slots=True)
 class Contender:
     """A version with its artifacts on this disk. `recorded` is the digest the registry vouches for,
-    `digest` that of what was downloaded."""
+    `digest` that of what was downloaded.
+    """
 
     registered: Registered
     path: Path

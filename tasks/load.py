@@ -44,7 +44,8 @@ def measurements(
     latencies: dict[str, Any], errors: dict[str, tuple[int, int]], confidence: float
 ) -> dict[str, Measurement]:
     """The gate's metrics from raw latencies in seconds (failures as infinity), by "challenger" and
-    "champion"; without a champion the comparing ones are left out."""
+    "champion"; without a champion the comparing ones are left out.
+    """
     measured: dict[str, Measurement] = {}
     new = latencies["challenger"]
     old = latencies.get("champion")
@@ -76,7 +77,9 @@ def _payloads(context: Context, gate: Load) -> tuple[list[Any], str]:
         try:
             bodies = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         except (OSError, ValueError) as error:
-            raise Mistake(f"the policy's payloads {path} cannot be read ({error}): one JSON body a line") from error
+            raise Mistake(
+                f"the policy's payloads {path} cannot be read ({error}): one JSON body a line"
+            ) from error
         if not bodies:
             raise Mistake(f"the policy's payloads {path} are empty: one JSON body a line")
         return bodies, f"requests of {path.name}"

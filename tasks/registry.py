@@ -134,7 +134,9 @@ def download(version: Registered, home: Path) -> Path:
         # Never trust what lies here from an earlier time: the digest is of what the registry gives now.
         shutil.rmtree(path)
     path.mkdir(parents=True)
-    mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.model}/{version.number}", dst_path=str(path))
+    mlflow.artifacts.download_artifacts(
+        artifact_uri=f"models:/{version.model}/{version.number}", dst_path=str(path)
+    )
     return path
 
 
@@ -184,8 +186,8 @@ def reference(version: Registered, home: Path) -> Path:
     from mlflow.exceptions import MlflowException
 
     hint = (
-        f"log a sample of its training features as the run's artifact reference/features.parquet, "
-        f"or name a parquet file in the policy's features gate (`reference:`)"
+        "log a sample of its training features as the run's artifact reference/features.parquet, "
+        "or name a parquet file in the policy's features gate (`reference:`)"
     )
     if version.run_id is None:
         raise Mistake(f"{version.name} has no run to find its reference features in: {hint}")

@@ -39,7 +39,9 @@ def write(promotion: Promotion, folder: Path, links: dict[str, str]) -> Path:
         links=links,
         seconds=_seconds,
         remaining=[step for step in promotion.plan if step.name not in reached],
-        policy=yaml.safe_dump(json.loads(promotion.policy.model_dump_json(exclude_defaults=False)), sort_keys=False),
+        policy=yaml.safe_dump(
+            json.loads(promotion.policy.model_dump_json(exclude_defaults=False)), sort_keys=False
+        ),
     )
     path = folder / "report.html"
     path.write_text(page)
@@ -49,7 +51,8 @@ def write(promotion: Promotion, folder: Path, links: dict[str, str]) -> Path:
 def markdown(promotion: Promotion) -> str:
     """The verdict table in Markdown, for the Prefect UI."""
     rows = [
-        f"| {verdict.step} | {verdict.outcome.value} | {verdict.why.replace('|', '/')} |" for verdict in promotion.verdicts
+        f"| {verdict.step} | {verdict.outcome.value} | {verdict.why.replace('|', '/')} |"
+        for verdict in promotion.verdicts
     ]
     title = f"# {promotion.policy.model} v{promotion.challenger}: {promotion.phase.value}"
     return "\n".join([title, "", "| step | outcome | why |", "|---|---|---|", *rows])
@@ -110,7 +113,13 @@ def _slices(agreement: dict[str, Any]) -> Plot:
     figure, axes = _figure(height=0.8 + 0.26 * len(agreement["slices"][:25]))
     rows = sorted(agreement["slices"], key=lambda row: float(row["low"]))[-25:]
     for index, row in enumerate(rows):
-        axes.plot([float(row["low"]), min(float(row["high"]), 1)], [index, index], color=CHALLENGER, linewidth=2.5, alpha=0.5)
+        axes.plot(
+            [float(row["low"]), min(float(row["high"]), 1)],
+            [index, index],
+            color=CHALLENGER,
+            linewidth=2.5,
+            alpha=0.5,
+        )
         axes.plot(float(row["value"]), index, "o", color=CHALLENGER, markersize=6)
     axes.set_yticks(range(len(rows)), [f"{row['where']}  ({row['pairs']})" for row in rows])
     axes.set_xlim(-0.02, 1.02)
@@ -141,7 +150,14 @@ def _latencies(load: dict[str, Any]) -> Plot:
     axes.xaxis.set_major_formatter("{x:g}")
     for share, label in ((0.5, "p50"), (0.05, "p95"), (0.01, "p99")):
         axes.axhline(share, color="#c4ccd6", linewidth=0.8, zorder=0)
-        axes.annotate(label, (1, share), xycoords=("axes fraction", "data"), xytext=(4, -3), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            label,
+            (1, share),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, -3),
+            textcoords="offset points",
+            fontsize=8,
+        )
     axes.legend(frameon=False, loc="lower left")
     return Plot(
         "Latency under load",
@@ -164,11 +180,15 @@ def _canary(canaries: list[tuple[str, dict[str, Any]]]) -> Plot:
         weights += [data["weight"], data["weight"]]
         for side, color in (("champion", CHAMPION), ("challenger", CHALLENGER)):
             points = [
-                (offset + row["seconds"], 100 * row[f"{side}_errors"] / row[side]) for row in series if row[side]
+                (offset + row["seconds"], 100 * row[f"{side}_errors"] / row[side])
+                for row in series
+                if row[side]
             ]
             if points:
                 first = canaries[0][1] is data
-                below.plot(*zip(*points, strict=True), color=color, linewidth=2, label=side if first else None)
+                below.plot(
+                    *zip(*points, strict=True), color=color, linewidth=2, label=side if first else None
+                )
         offset += end
     above.plot(times, weights, color=CHALLENGER, linewidth=2, drawstyle="default")
     above.fill_between(times, weights, color=CHALLENGER, alpha=0.15)
@@ -203,6 +223,6 @@ def _svg(figure: Any) -> str:
     text = io.StringIO()
     # A fixed salt and no date: the same evidence gives the same page.
     with mpl.rc_context({"svg.hashsalt": "titleshot", "svg.fonttype": "path"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = text.getvalue()
     return Markup(svg[svg.index("<svg") :])  # noqa: S704 - our own drawing, no text of a user's is markup in it

@@ -31,7 +31,9 @@ def score(path: Path, parquet: Path | None = None, drop: str | None = None, time
         try:
             answer, error = future.result(timeout)
         except BrokenProcessPool as broken:
-            raise ScoreError("the process that loaded the model died (out of memory, or a crash in native code)") from broken
+            raise ScoreError(
+                "the process that loaded the model died (out of memory, or a crash in native code)"
+            ) from broken
         except TimeoutError as late:
             for process in multiprocessing.active_children():
                 if process.pid in (pool._processes or {}):  # noqa: SLF001 - there is no public way to end a hung worker

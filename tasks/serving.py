@@ -70,7 +70,9 @@ def shadow(context: Context, gate: Shadow, decided: Decided) -> Seen:
         return pairing.pairs, measured
 
     try:
-        measured, note = _watch_until(look, gate.min_sample, gate.confidence, gate.max.total_seconds(), decided)
+        measured, note = _watch_until(
+            look, gate.min_sample, gate.confidence, gate.max.total_seconds(), decided
+        )
     finally:
         target.route(Traffic(model, champion), context.fence)
     return Seen(measured, note, {"agreement": _agreement_data(pairing, gate.confidence)})
@@ -133,7 +135,9 @@ def watch(context: Context, gate: Watch, failed: Decided) -> Seen:
     _, challenger = _names(context)
     target, model = context.target, context.model
     before = target.observe(model)
-    baseline = _since(context.cut_over, context.began, context.champion.number) if context.champion else Served()
+    baseline = (
+        _since(context.cut_over, context.began, context.champion.number) if context.champion else Served()
+    )
 
     def look(confidence: float) -> tuple[int, dict[str, Measurement]]:
         new = _since(target.observe(model), before, challenger)
@@ -176,7 +180,9 @@ def rollback(context: Context) -> Seen:
         if target.traffic(model) is not None:
             raise TargetError(f"{model} v{challenger} serves and there is no champion to go back to")
         target.retire(model, challenger, context.fence)
-        return Seen({"agreement": Measurement.exact(1)}, "there was no champion: the challenger was taken down")
+        return Seen(
+            {"agreement": Measurement.exact(1)}, "there was no champion: the challenger was taken down"
+        )
     old = context.champion.number
     started = time.monotonic()
     target.route(Traffic(model, old), context.fence)

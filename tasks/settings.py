@@ -23,6 +23,8 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
 }
@@ -41,7 +43,8 @@ class Mistake(Exception):
 
 class Settings(BaseSettings):
     """Settings of one home. `mlflow_uri` and `prefect_api_url` point at servers of the user's own; where
-    they are empty, `titleshot up` runs both on this machine with their data under the home."""
+    they are empty, `titleshot up` runs both on this machine with their data under the home.
+    """
 
     model_config = SettingsConfigDict(env_prefix="TITLESHOT_", extra="ignore")
 
@@ -65,7 +68,9 @@ class Settings(BaseSettings):
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise Mistake(f"{self.stack_file} cannot be read ({error}): remove it and run `titleshot up`") from error
+            raise Mistake(
+                f"{self.stack_file} cannot be read ({error}): remove it and run `titleshot up`"
+            ) from error
 
     @property
     def mlflow(self) -> str:
@@ -96,7 +101,9 @@ class Settings(BaseSettings):
                 if (name == "MLflow" and self.mlflow_uri) or (name == "Prefect" and self.prefect_api_url):
                     variable = "TITLESHOT_MLFLOW_URI" if name == "MLflow" else "TITLESHOT_PREFECT_API_URL"
                     mend = f"check {variable}"
-                raise Mistake(f"{name} does not answer at {address} ({error or type(error).__name__}): {mend}") from error
+                raise Mistake(
+                    f"{name} does not answer at {address} ({error or type(error).__name__}): {mend}"
+                ) from error
         os.environ.update(QUIET)
         os.environ["MLFLOW_TRACKING_URI"] = os.environ["MLFLOW_REGISTRY_URI"] = self.mlflow
         os.environ["PREFECT_API_URL"] = self.prefect

@@ -29,7 +29,9 @@ def up(settings: Settings, ports: dict[str, int | None], say: Callable[[str], No
     writable(settings.home)
     target = settings_target(settings)
     if target.supervisor.up():
-        raise Mistake(f"the stack in {settings.home} is up already: `titleshot status` shows it, `titleshot down` stops it")
+        raise Mistake(
+            f"the stack in {settings.home} is up already: `titleshot status` shows it, `titleshot down` stops it"
+        )
     chosen = _ports(settings, ports)
     settings.stack_file.write_text(json.dumps({f"{name}_port": port for name, port in chosen.items()}))
     say("starting the gateway, and the versions that served before")
@@ -65,7 +67,18 @@ def _mlflow(settings: Settings, port: int) -> Program:
     data = settings.home / "mlflow"
     data.mkdir(parents=True, exist_ok=True)
     command = [
-        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *(
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ),
         *("--backend-store-uri", f"sqlite:///{data / 'mlflow.db'}"),
         *("--artifacts-destination", str(data / "artifacts")),
     ]
@@ -127,10 +140,14 @@ def _wait(addresses: dict[str, str], target: LocalTarget, say: Callable[[str], N
         for name, program in target.supervisor.status().items():
             if name in waiting and program.state in ("FATAL", "EXITED"):
                 last = target.supervisor.tail(name, 1) or "nothing"
-                raise Mistake(f"{name} does not start: its log {target.supervisor.log(name)} ends with: {last}")
+                raise Mistake(
+                    f"{name} does not start: its log {target.supervisor.log(name)} ends with: {last}"
+                )
         if waiting and time.monotonic() - started > START_TIMEOUT:
             name = next(iter(waiting))
-            raise Mistake(f"{name} does not answer after {START_TIMEOUT:.0f} s: read {target.supervisor.log(name)}")
+            raise Mistake(
+                f"{name} does not answer after {START_TIMEOUT:.0f} s: read {target.supervisor.log(name)}"
+            )
         time.sleep(0.3)
 
 

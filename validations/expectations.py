@@ -351,10 +351,37 @@ def _result(expectation: Mapping[str, Any], found: Mapping[str, Any]) -> Result:
     raised = _exception(found.get("exception_info") or {})
     if raised:
         raise ExpectationError(f"{kind} of '{column}' cannot be evaluated: {raised}")
-    wanted = {key: value for key, value in expectation["kwargs"].items() if not key.startswith("column")}
-    about = " ".join(part for part in kind.split("_") if part != "column")
-    sentence = f"'{column}' {about}: {_observed(found.get('result') or {})} (wanted {_text(wanted)})"
+    sentence = _sentence(kind, column, expectation["kwargs"], found.get("result") or {})
     return Result(column=column, expectation=kind, success=found.get("success") is True, sentence=sentence)
+
+
+def _sentence(kind: str, column: str, wanted: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """What was seen and what was wanted."""
+    seen = _text(result.get("observed_value"))
+    between = f"{_text(wanted.get('min_value'))} to {_text(wanted.get('max_value'))}"
+    strange = result.get("unexpected_percent") or 0.0
+    odd = list(dict.fromkeys(_text(value) for value in result.get("partial_unexpected_list", [])))
+    share = f"at most {100 * (1 - wanted.get('mostly', 1.0)):.3g} % wanted"
+    such = f"{strange:.3g} % of the values of '{column}'"
+    examples = f" (such as {', '.join(odd[:3])})" if odd else ""
+    if kind == "column_quantile_values_to_be_between":
+        ranges = wanted["quantile_ranges"]
+        bands = ", ".join(f"{_text(low)} to {_text(high)}" for low, high in ranges["value_ranges"])
+        names = _text(ranges["quantiles"])
+        values = _text((result.get("observed_value") or {}).get("values"))
+        return f"the quantiles {names} of '{column}' are {values}, wanted {bands}"
+    known = {
+        "column_mean_to_be_between": f"the mean of '{column}' is {seen}, wanted {between}",
+        "column_stdev_to_be_between": f"the standard deviation of '{column}' is {seen}, wanted {between}",
+        "column_values_to_be_between": f"{such} lie outside {between}{examples}, {share}",
+        "column_values_to_be_in_set": f"{such} are none of the known ones{examples}, {share}",
+        "column_values_to_not_be_null": f"{such} are null, {share}",
+        "column_kl_divergence_to_be_less_than": f"the shares of the values of '{column}' moved: divergence "
+        f"{seen}, at most {_text(wanted.get('threshold'))} wanted",
+    }
+    rest = {key: value for key, value in wanted.items() if not key.startswith("column")}
+    observed = f"observed {seen}" if "observed_value" in result else f"{strange:.3g} % unexpected{examples}"
+    return known.get(kind, f"'{column}' {kind.replace('_', ' ')}: {observed}, wanted {_text(rest)}")
 
 
 def _exception(info: Mapping[str, Any]) -> str:
@@ -363,16 +390,6 @@ def _exception(info: Mapping[str, Any]) -> str:
         if record.get("raised_exception"):
             return str(record.get("exception_message") or "no reason given")
     return ""
-
-
-def _observed(result: Mapping[str, Any]) -> str:
-    if result.get("observed_value") is not None:
-        return f"observed {_text(result['observed_value'])}"
-    if "unexpected_count" in result:
-        odd = dict.fromkeys(_text(value) for value in result.get("partial_unexpected_list", []))
-        some = f", such as {', '.join(list(odd)[:5])}" if odd and set(odd) != {"null"} else ""
-        return f"{result['unexpected_count']:,} of {result['element_count']:,} values are not{some}"
-    return "nothing observed"
 
 
 def _text(value: Any) -> str:

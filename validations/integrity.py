@@ -4,7 +4,9 @@ Nothing is unpickled here: files are recognised by name and by their first bytes
 """
 
 import bz2
+import io
 import lzma
+import pickletools
 import re
 import stat
 import zipfile
@@ -13,13 +15,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from validations.verdict import Measurement, Value
 
 PICKLES = {".pkl", ".pickle", ".joblib", ".dill", ".cloudpickle", ".pt", ".pth", ".mar"}
-_HEAD = 4096
+_HEAD = 65_536
 # Opcode after the protocol byte: pickles begin with a frame, a mark, an empty container, a global or a value.
 _BINARY_PICKLE = re.compile(rb"\x80[\x02-\x05][\x95(\]})\x8fcNKMJGXUTVC\x8c\x8a\x88\x89SI]", re.DOTALL)
-_TEXT_PICKLE = re.compile(rb"(c[A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n|\([dlit]p?\d*\n|\(i[A-Za-z_][\w.]*\n)")
 
 
 class Finding(Value):
@@ -91,13 +94,15 @@ def _content(name: str, file: IO[bytes], *, inside: bool = False) -> str:
     if Path(name).suffix.lower() in PICKLES:
         return f"is a pickle by its name ({Path(name).suffix}): loading it runs whatever code it holds"
     head = file.read(_HEAD)
-    if head.startswith(b"PK\x03\x04") and not inside:
+    if head.startswith(b"PK\x03\x04"):
+        if inside:
+            return "is an archive within an archive, which is not looked into"
         file.seek(0)
         return _archive(file)
     for plain in _unpacked(head):
-        if _BINARY_PICKLE.match(plain) or _TEXT_PICKLE.match(plain):
+        if _BINARY_PICKLE.match(plain) or _is_text_pickle(plain):
             return "holds a pickle: loading it runs whatever code it holds"
-        if plain.startswith(b"\x93NUMPY") and re.search(rb"'descr':[^}]*O[^}]*'fortran_order'", plain):
+        if plain.startswith(b"\x93NUMPY") and _holds_objects(plain):
             return "is a NumPy file of Python objects, which are pickled"
     return ""
 
@@ -131,6 +136,32 @@ def _unpacked(head: bytes) -> Iterator[bytes]:
                 yield opener().decompress(head, _HEAD)
             except (zlib.error, OSError, lzma.LZMAError, EOFError):
                 return
+
+
+def _is_text_pickle(head: bytes) -> bool:
+    """Whether `head` begins a pickle of protocol 0 or 1 that imports something: those have no magic.
+
+    Text may look like one: a list of requirements that starts with "cloudpickle" imports "loudpickle".
+    So opcodes are read on, which runs nothing, to the end of the pickle or of `head`.
+    """
+    imports = False
+    try:
+        for opcode, _, _ in pickletools.genops(head):
+            imports = imports or opcode.name in ("GLOBAL", "INST")
+    except (ValueError, UnicodeDecodeError) as error:
+        return imports and len(head) >= _HEAD and "exhausted" in str(error)
+    return imports
+
+
+def _holds_objects(head: bytes) -> bool:
+    """Whether the NumPy file that begins with `head` may hold Python objects."""
+    file = io.BytesIO(head)
+    try:
+        one = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+        return bool(read(file)[2].hasobject)
+    except ValueError:
+        return True  # a header that NumPy itself does not read is not vouched for
 
 
 def _foreign_types(path: Path, trusted: Collection[str]) -> str:

@@ -11,7 +11,14 @@ from datetime import timedelta
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from validations.verdict import Bound, Value
@@ -150,7 +157,7 @@ class Features(_Gate):
     """The challenger's reference features and a sample of live requests meet an expectation suite.
 
     `suite` is a JSON file beside the policy; without it the suite is generated from the champion's
-    reference features. `reference` is a parquet file; without it the version's run must hold
+    reference features, without the columns of `exclude` (those that are meant to move). `reference` is a parquet file; without it the version's run must hold
     `reference/features.parquet`. `live_sample` live requests are looked at (0: none).
     """
 
@@ -158,6 +165,7 @@ class Features(_Gate):
     DEFAULTS: ClassVar = {"unmet_expectations": Bound(max=0)}
     kind: Literal["features"] = "features"
     suite: str | None = None
+    exclude: tuple[str, ...] = ()
     reference: str | None = None
     live_sample: int = Field(default=300, ge=0)
 
@@ -247,7 +255,8 @@ class Approval(_Gate):
 
 class Canary(_Gate):
     """Live requests, a growing share: one step per weight (percent), held until its checks are decided,
-    for `max` at the most. `weights: [100]` alone is blue-green."""
+    for `max` at the most. `weights: [100]` alone is blue-green.
+    """
 
     METRICS: ClassVar = (*ERROR_METRICS, *LATENCY_METRICS)
     COMPARES: ClassVar = True
@@ -270,7 +279,8 @@ class Canary(_Gate):
 
 class Watch(_Gate):
     """After the promotion: `run_time` of live traffic with the previous champion warm; a regression
-    brings it back. Ratios and deltas compare with the previous champion while it still served."""
+    brings it back. Ratios and deltas compare with the previous champion while it still served.
+    """
 
     METRICS: ClassVar = (*ERROR_METRICS, *LATENCY_METRICS)
     kind: Literal["watch"] = "watch"
@@ -289,7 +299,8 @@ SERVING = (Shadow, Load, Canary)
 
 class Step(Value):
     """One entry of the plan. `gate` is its place in the policy, None for deploy, promote and rollback;
-    `weight` is a canary's share of live requests, in percent."""
+    `weight` is a canary's share of live requests, in percent.
+    """
 
     name: str
     kind: str
@@ -375,7 +386,8 @@ class Policy(Value):
 
 def read(text: str, source: str = "policy") -> Policy:
     """Read a policy from YAML. `source` (a file name) begins the message of the `PolicyError` raised for
-    whatever is not a policy: unknown words, bounds that bound nothing, gates without checks, ..."""
+    whatever is not a policy: unknown words, bounds that bound nothing, gates without checks, ...
+    """
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)

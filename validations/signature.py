@@ -19,7 +19,7 @@ from validations.verdict import Measurement, Value
 Signature = Mapping[str, Any]
 """`{"inputs": ..., "outputs": ..., "params": ...}`: JSON strings, or the lists already parsed from them."""
 
-_WIDER = {"integer": {"long", "float", "double"}, "long": {"float", "double"}, "float": {"double"}}
+_WIDER = {"integer": {"long", "float", "double"}, "long": {"double"}, "float": {"double"}}
 _WIDER_INSIDE = {"integer": {"long"}, "float": {"double"}}
 
 

@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def _decades() -> Iterable[int]:
-    # Envoy counts in bins of two significant digits: edges elsewhere would be interpolated, so use only those.
+    # Envoy counts in bins of two significant digits; edges elsewhere would be interpolated.
     steps = [*range(10, 20), *range(20, 40, 2), *range(40, 100, 5)]
     for power in range(7):
         yield from (step * 10**power for step in steps)
@@ -63,7 +63,7 @@ class Limits:
 
 
 def valid_name(text: str) -> bool:
-    """Whether `text` can name a model or a version here: it becomes part of cluster, file and counter names."""
+    """Whether `text` can name a model or a version: it becomes part of cluster, file and counter names."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -95,7 +95,7 @@ def discovery(number: int, resources: Sequence[Json]) -> str:
 
 
 def bootstrap(admin_socket: str, lds: str, cds: str) -> Json:
-    """What Envoy starts with. The admin interface can change and crash it: a socket, for its owner only [12]."""
+    """What Envoy starts with. The admin interface can crash it: a socket, for its owner only [12]."""
     return {
         "node": {"id": "titleshot", "cluster": "titleshot"},
         "admin": {"address": {"pipe": {"path": admin_socket, "mode": 0o600}}},
@@ -122,7 +122,7 @@ def bootstrap(admin_socket: str, lds: str, cds: str) -> Json:
 
 
 def static(model: str, route: Json, clusters: Sequence[Json], limits: Limits) -> Json:
-    """The same configuration in one static file, for `envoy --mode validate`, which does not read the others."""
+    """The same in one static file, for `envoy --mode validate`, which does not read the others."""
     manager = {**_connection_manager(model, limits), "route_config": _untyped(route)}
     return {
         "static_resources": {
@@ -461,8 +461,8 @@ def _connection_manager(model: str, limits: Limits) -> Json:
 
 
 def _attempt_log(model: str) -> list[Json]:
-    # Clusters book attempts on the aggregate and hide the retried ones [6]. This logger sees each attempt, the
-    # mirrored ones as well, tagged by the endpoint that got it.
+    # Clusters book attempts on the aggregate and hide the retried ones [6]. This logger sees each attempt,
+    # the mirrored ones as well, tagged by the endpoint that got it.
     tags = [
         {"name": "tmodel", "value_format": model.replace("%", "%%")},
         {"name": "tversion", "value_format": "%UPSTREAM_METADATA(model:version)%"},

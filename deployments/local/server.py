@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 JSON = "application/json"
+PLAIN_JSON = frozenset({JSON, f"{JSON};charset=utf-8"})
 WRONG_DIGEST = 3
 """The exit code where the artifact is not the one that was admitted."""
 WARM_UP = 5
@@ -132,7 +133,7 @@ class Predictor:
         # As MLflow's own server sets it: models look at it.
         os.environ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT"] = "true"
         self._model = load_model(str(path))
-        self._predict = guarded(self._model._predict_fn, os.path.dirname(mlflow.__file__))
+        self._predict = guarded(self._model._predict_fn, str(Path(mlflow.__file__).parent))
         self._model._predict_fn = self._predict
         self._schema = self._model.metadata.get_input_schema()
         self._invocations, self._jsonable = scoring_server.invocations, _get_jsonable_obj
@@ -145,7 +146,7 @@ class Predictor:
         meta = self._model.metadata
         odd = ("_is_signature_from_type_hint", "_is_type_hint_from_example", "get_params_schema")
         if any(getattr(meta, name, lambda: None)() for name in odd):
-            return lambda body: None
+            return _no_frame
         return Frames(self._schema)
 
     def warm_up(self) -> None:
@@ -156,7 +157,7 @@ class Predictor:
         if self.example is None:
             return
         lean = [self(self.example, JSON) for _ in range(WARM_UP)][-1]
-        ways, self._frames = self._frames, lambda body: None
+        ways, self._frames = self._frames, _no_frame
         plain = self(self.example, JSON)
         if lean == plain:
             self._frames = ways
@@ -166,7 +167,7 @@ class Predictor:
     def __call__(self, body: bytes, content_type: str) -> Reply:
         """Answer one request body: (status, content type, body)."""
         try:
-            frame = self._frames(body) if content_type == JSON else None
+            frame = self._frames(body) if content_type.lower().replace(" ", "") in PLAIN_JSON else None
             if frame is None:
                 answer = self._invocations(body, content_type, self._model, self._schema)
                 if answer.status == 200:
@@ -178,7 +179,7 @@ class Predictor:
             traceback.print_exc()
             return 500, JSON, problem("INTERNAL_ERROR", f"the model failed: {error}")
         except Exception as error:
-            # MLflow's own errors know their status (4xx: the caller's mistake); the rest is ours or the model's.
+            # MLflow's own errors know their status (4xx: the caller's mistake).
             status = getattr(error, "get_http_status_code", lambda: 500)()
             if hasattr(error, "serialize_as_json"):
                 return status, JSON, error.serialize_as_json().encode()
@@ -193,6 +194,10 @@ class Predictor:
 
         with set_prediction_context(Context(model_id=getattr(self._model, "model_id", None))):
             return self._predict(frame)
+
+
+def _no_frame(_body: bytes) -> None:
+    """MLflow's own way, always."""
 
 
 def problem(code: str, message: str) -> bytes:

@@ -40,6 +40,9 @@ class Deployed:
     python: str
     ready: bool
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ready", bool(self.ready))  # the database knows 0 and 1
+
 
 class State:
     """The state database at `path`; every call is one transaction.
@@ -127,10 +130,10 @@ class State:
         """What is recorded, by version; of all models where none is named."""
         with self._transaction() as db:
             rows = db.execute(
-                "SELECT * FROM endpoint WHERE ?1 IS NULL OR model=?1 ORDER BY model, length(version), version",
+                "SELECT * FROM endpoint WHERE ?1 IS NULL OR model=?1 ORDER BY rowid",
                 (model,),
             ).fetchall()
-        return [Deployed(*fields, bool(ready)) for *fields, ready in rows]
+        return [Deployed(*row) for row in rows]
 
     def save(self, endpoint: Deployed) -> None:
         """Record an endpoint."""

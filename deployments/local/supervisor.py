@@ -65,8 +65,8 @@ class Supervisor:
         self._config, self._pidfile = self.run / "supervisord.conf", self.run / "supervisord.pid"
         if len(os.fsencode(self._socket)) > SOCKET_LIMIT:
             raise TargetError(
-                f"TITLESHOT_HOME is too long for a socket: {self._socket} has {len(os.fsencode(self._socket))}"
-                f" bytes, at most {SOCKET_LIMIT} work. Set TITLESHOT_HOME to a shorter path."
+                f"TITLESHOT_HOME is too long for a socket: {self._socket} has more than {SOCKET_LIMIT} bytes. "
+                "Set TITLESHOT_HOME to a shorter path."
             )
 
     def log(self, name: str) -> Path:

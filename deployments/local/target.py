@@ -91,7 +91,7 @@ class LocalTarget:
         wait_for(self.ready, timeout, f"not everything is ready: see {self.supervisor.logs}", every=0.2)
 
     def stop(self) -> None:
-        """Drain the gateway and stop everything under supervisord; what was deployed comes back with `start`."""
+        """Drain the gateway and stop all that supervisord runs; `start` brings it back."""
         if self.supervisor.up():
             self._gateway.drain()
             self.supervisor.stop()
@@ -115,11 +115,13 @@ class LocalTarget:
     def _end_orphans(self) -> None:
         """Servers and gateway of a supervisord that was killed: still there, but nobody looks after them."""
         self._gateway.quit()
+        ended = []
         for one in self._state.endpoints():
             with contextlib.suppress(TargetUnavailable):
                 if pid := self._identity(one).get("pid"):
                     os.kill(int(str(pid)), signal.SIGTERM)
-                    wait_for(lambda port=one.port: _free(port), 40.0, f"port {one.port} is still taken")
+                    ended.append(one.port)
+        wait_for(lambda: all(map(_free, ended)), 40.0, f"of the ports {ended} some are still taken")
 
     def _restore(self) -> None:
         """Write what is recorded into the files of a gateway and a supervisord that are not running: they may
@@ -150,8 +152,8 @@ class LocalTarget:
         self._state.release(fence)
 
     def deploy(self, version: Version, fence: Fence) -> Endpoint:
-        """Start the version's server and wait until it is warm, healthy in the gateway and reachable at its
-        own path. The lease is renewed while it takes. Raises `NeverReady` with the server's last log lines."""
+        """Start the version's server and wait until it is warm, healthy in the gateway and reachable at
+        its own path. The lease is renewed while it takes. Raises `NeverReady` with the server's last lines."""
         _refuse_name("model", version.model)
         _refuse_name("version", version.number)
         self._state.check(version.model, fence)

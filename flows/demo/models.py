@@ -59,7 +59,6 @@ def _endeavor_in_utc(frame: pd.DataFrame) -> pd.DataFrame:
 def _forest(
     min_samples_leaf: int = 100,
     max_features: float | str = "sqrt",
-    seed: int = _SEED,
     *,
     manufacturers: Any = None,
 ) -> Any:
@@ -83,7 +82,7 @@ def _forest(
                     min_samples_leaf=min_samples_leaf,
                     max_features=max_features,
                     n_jobs=1,
-                    random_state=seed,
+                    random_state=_SEED,
                 ),
             ),
         ]
@@ -100,10 +99,9 @@ def _whole_search() -> Any:
     from sklearn.ensemble import VotingClassifier
 
     candidates = [
-        (f"leaf{leaf}-features{share}-seed{seed}", _forest(leaf, share, seed))
-        for leaf in (60, 100, 150)
-        for share in (0.3, "sqrt")
-        for seed in (1, 2)
+        (f"leaf {leaf}, features {share}", _forest(leaf, share))
+        for leaf in (60, 80, 100, 125, 150)
+        for share in ("sqrt", 0.4)
     ]
     return VotingClassifier(candidates, voting="soft")
 
@@ -118,7 +116,7 @@ class Recipe:
     made: str
     """How it was made, for the record: becomes the description of the version."""
     stopped_by: str | None = None
-    """The gate that ought to stop it; None where none ought to."""
+    """The gate that ought to stop it; None where none ought to. A shadow finds whatever a canary does."""
     months: range = _THREE_QUARTERS
     rows: int = 90_000
     prepare: Callable[[pd.DataFrame], pd.DataFrame] = _as_recorded
@@ -177,10 +175,10 @@ CHALLENGERS: Final = (
     ),
     Recipe(
         name="whole-search",
-        story="Right, and slow: instead of choosing from its twelve candidates the team shipped all of them.",
+        story="Right, and slow: instead of choosing from its ten candidates the team shipped all of them.",
         made=(
-            "The twelve forests of a parameter search (three leaf sizes, two feature shares, two seeds), "
-            "each with its own encoders, trained on January to September 2013; the answer is their average."
+            "The ten forests of a parameter search (five leaf sizes, two shares of the features), each "
+            "with its own encoders, trained on January to September 2013; the answer is their average."
         ),
         stopped_by="load",
         rows=30_000,
@@ -194,7 +192,7 @@ CHALLENGERS: Final = (
             "As more-months, on flights joined with the register of aircraft (inner join), with "
             "scikit-learn's OrdinalEncoder for the manufacturer as it comes."
         ),
-        stopped_by="shadow",
+        stopped_by="canary",
         prepare=flights.registered,
         model=_forest_with_default_encoder,
     ),
@@ -225,8 +223,9 @@ def fit(recipe: Recipe, say: Callable[[str], None] = _silent) -> Fitted:
     data = recipe.prepare(flights.features(recipe.months, also=flights.AFTERWARDS))
     data = data[[*columns, flights.LABEL]]
     data = data.sample(min(recipe.rows, len(data)), random_state=_SEED)
+    model = recipe.model()
     started = time.perf_counter()
-    model = recipe.model().fit(data[columns], data[flights.LABEL])
+    model.fit(data[columns], data[flights.LABEL])
     seconds = time.perf_counter() - started
 
     from sklearn.metrics import roc_auc_score

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import gevent
-from locust import FastHttpUser, events, task
+from gevent.lock import RLock
+from locust import FastHttpUser, task
+from locust.exception import StopUser
 
 MAX_FAILURES = 200
 _CONNECTIONS = 512
@@ -48,7 +50,7 @@ class Plan:
         Every target gets the same payloads in the same order, at the same rate. In each round every
         target has one turn, in random order, so that none of them always follows another.
         """
-        luck = random.Random(self.seed)
+        luck = random.Random(self.seed)  # noqa: S311 - a schedule that can be repeated
         names = list(self.targets)
         total = round(self.rate * self.seconds)
         gap = 1 / (self.rate * len(names))
@@ -79,7 +81,7 @@ class Tally:
         }
 
 
-class Scoring(FastHttpUser):
+class Scoring(FastHttpUser):  # type: ignore[misc]
     """The one user of a run: it keeps the whole schedule."""
 
     host = "http://127.0.0.1"  # never used: requests carry their target's whole address
@@ -89,6 +91,7 @@ class Scoring(FastHttpUser):
     network_timeout = connection_timeout = plan.timeout
 
     def on_start(self) -> None:
+        """Begin counting."""
         agent = self.client.client
         # A cookie would pin all requests to one version; every status is an answer with a body to read.
         agent.cookiejar = None
@@ -98,23 +101,37 @@ class Scoring(FastHttpUser):
         self.lateness = array("d")
         self.failures: list[dict[str, Any]] = []
         self.in_flight: set[gevent.Greenlet] = set()
-        self.written = False
+        self.began = self.ending = self.written = False
+        self.finishing = RLock()
         self.started = time.time()
         self.clock = time.perf_counter()
         self.cpu = time.process_time()
         gc.freeze()  # what was imported never goes: keep the collector from walking over it
-        events.quitting.add_listener(self.finish)
+        self.environment.events.quitting.add_listener(self.finish)
         gevent.spawn(self.report_progress)
 
-    @task
-    def run(self) -> None:
-        """Send every request at its time, wait for the last answers, and end the run."""
+    @task  # type: ignore[untyped-decorator]
+    def load(self) -> None:
+        """Send every request at its time, wait for the last answers, and end the run: once."""
+        if self.began:  # Locust calls a task again and again, after an exception too
+            raise StopUser
+        self.began = True
+        try:
+            self.keep_schedule()
+            self.finish()
+        finally:
+            # Not from here: it ends this very greenlet.
+            gevent.spawn(self.environment.runner.quit)
+
+    def keep_schedule(self) -> None:
+        """Start every request at its time, whatever became of those before it."""
         origin = time.perf_counter()
         for at, name, payload in self.plan.arrivals():
             intended = origin + at
-            wait = intended - time.perf_counter()
             # Even when late: without a pause the answers could not be read.
-            gevent.sleep(max(wait, 0))
+            gevent.sleep(max(intended - time.perf_counter(), 0))
+            if self.ending:
+                return
             self.lateness.append(time.perf_counter() - intended)
             self.tallies[name].sent += 1
             request = gevent.spawn(self.send, name, payload, intended)
@@ -122,12 +139,10 @@ class Scoring(FastHttpUser):
             request.rawlink(self.in_flight.discard)
         # The run lasts as long as was planned, even if the last arrival lies before its end.
         gevent.sleep(max(origin + self.plan.seconds - time.perf_counter(), 0))
-        self.finish()
-        self.environment.runner.quit()
 
     def send(self, name: str, payload: bytes, intended: float) -> None:
-        """One request; what becomes of it is counted whatever happens."""
-        status, body, reason, version = 0, b"", "", ""
+        """One request; it is counted whatever happens."""
+        status, body, version = 0, b"", ""
         try:
             with self.client.post(
                 self.plan.targets[name],
@@ -137,45 +152,56 @@ class Scoring(FastHttpUser):
                 catch_response=True,
             ) as response:
                 status, body = response.status_code, response.content or b""
-                error = response.request_meta["exception"]
-                if error is not None:
-                    reason = _reason(error)
-                elif not 200 <= status < 300:
-                    reason = f"HTTP {status}"
-                if response.headers:
-                    version = str(response.headers.get(self.plan.version_header) or "")
-                latency = time.perf_counter() - intended
-                if not reason and latency > self.plan.timeout:
-                    reason = "timeout"
-                if reason:
-                    response.failure(reason)
-                else:
-                    response.success()
+                version = str((response.headers or {}).get(self.plan.version_header) or "")
+                reason = self.judge(response, time.perf_counter() - intended)
+                response.failure(reason) if reason else response.success()
         except gevent.GreenletExit:
-            reason, latency = "timeout", math.inf
+            reason = "timeout"
         except Exception as error:  # noqa: BLE001 - nothing that happens may lose a request
-            reason, latency = _reason(error), math.inf
+            reason = _reason(error)
         tally = self.tallies[name]
-        tally.latencies.append(math.inf if reason else latency)
+        tally.latencies.append(math.inf if reason else time.perf_counter() - intended)
         if version:
             tally.versions[version] += 1
         if reason:
             tally.reasons[reason] += 1
             if len(self.failures) < MAX_FAILURES:
                 first = body[:500].decode(errors="replace")
-                at = time.time()
-                self.failures.append(
-                    {"time": at, "target": name, "reason": reason, "status": status, "body": first}
-                )
+                failure = {
+                    "time": time.time(),
+                    "target": name,
+                    "reason": reason,
+                    "status": status,
+                    "body": first,
+                }
+                self.failures.append(failure)
+
+    def judge(self, response: Any, seconds: float) -> str:
+        """Why an answer counts as a failure; empty where it does not."""
+        error = response.request_meta["exception"]
+        if error is not None:
+            return _reason(error)
+        if not 200 <= response.status_code < 300:
+            return f"HTTP {response.status_code}"
+        return "timeout" if seconds > self.plan.timeout else ""
 
     def finish(self, **_: object) -> None:
-        """Wait for what is in flight and write the result: at the end, and when Locust is told to stop."""
-        if self.written:
-            return
-        self.written = True
-        stopped = time.perf_counter()
-        gevent.joinall(list(self.in_flight), timeout=self.plan.timeout + 1)
-        gevent.killall(list(self.in_flight))
+        """Wait for what is in flight and write the result: at the end, and when Locust is told to stop.
+
+        Both may happen at once. Whoever comes second waits, since Locust exits when this returns.
+        """
+        self.ending = True
+        with self.finishing:
+            if not self.written:
+                stopped = time.perf_counter()
+                gevent.joinall(list(self.in_flight), timeout=self.plan.timeout + 1)
+                gevent.killall(list(self.in_flight))
+                self.write_result(stopped)
+                self.write_progress()
+                self.written = True
+
+    def write_result(self, stopped: float) -> None:
+        """Everything that `loadtests.run` reads; no request was sent after `stopped`."""
         elapsed = time.perf_counter() - self.clock
         _write(
             self.plan.result,
@@ -188,11 +214,10 @@ class Scoring(FastHttpUser):
                 "cpu": (time.process_time() - self.cpu) / elapsed,
             },
         )
-        self.write_progress()
 
     def report_progress(self) -> None:
         """Keep the progress file no older than about a second."""
-        while not self.written:
+        while not self.ending:
             self.write_progress()
             gevent.sleep(1)
 
@@ -214,8 +239,8 @@ class Scoring(FastHttpUser):
 def _reason(error: BaseException) -> str:
     """A short name for a transport failure; the same one for every request it happens to."""
     cause = error
-    while getattr(cause, "original", None) is not None:
-        cause = cause.original
+    while isinstance(inner := getattr(cause, "original", None), BaseException):
+        cause = inner
     if isinstance(cause, (TimeoutError, gevent.Timeout)):
         return "timeout"
     return f"{type(cause).__name__}: {cause}"[:120]

@@ -64,7 +64,9 @@ def begin(policy: Policy, champion: str | None) -> Promotion:
 
 
 @given(policies(), champions, runs)
-def test_it_ends_and_only_passes_promote(policy: Policy, champion: str | None, outcomes: list[Outcome]) -> None:
+def test_it_ends_and_only_passes_promote(
+    policy: Policy, champion: str | None, outcomes: list[Outcome]
+) -> None:
     """Whatever happens a promotion ends, runs no step twice, and is promoted on passes alone."""
     end = drive(begin(policy, champion), performer(outcomes), lambda _: None)
     names = [v.step for v in end.verdicts]
@@ -127,4 +129,11 @@ def test_an_approval_is_waited_for() -> None:
 def test_without_a_champion_the_comparing_gates_fall_away() -> None:
     """The first version is held to what needs no champion, and to nothing else."""
     policy = Policy(version=1, model="m", gates=SHAPES)
-    assert [s.kind for s in policy.plan(first=True)] == ["integrity", "quality", "deploy", "load", "approval", "promote"]
+    assert [s.kind for s in policy.plan(first=True)] == [
+        "integrity",
+        "quality",
+        "deploy",
+        "load",
+        "approval",
+        "promote",
+    ]

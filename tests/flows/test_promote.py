@@ -1,0 +1,263 @@
+"""Promotions on a real stack: each ends where it should, and traffic and registry agree afterwards."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tasks import history, registry
+from tasks.settings import Mistake
+from tests.flows.conftest import COLUMNS, Maker, label, live, pipeline, promote, rollback, rows
+
+INTEGRITY = {"kind": "integrity"}
+CANARY = {
+    "kind": "canary",
+    "weights": [50],
+    "min_sample": 40,
+    "max": "60s",
+    "checks": {"error_rate": {"max": 0.15}},
+}
+Policy = Callable[..., Path]
+
+
+def ask(target: Any, model: str, path: str = "") -> httpx.Response:
+    body = {"dataframe_split": {"columns": COLUMNS, "data": [[0.1, 0.2, "a"]]}}
+    return httpx.post(f"{target.gateway(model)}{path}/invocations", json=body, timeout=30)
+
+
+def crown(maker: Maker, policy: Policy) -> str:
+    """A first champion, by integrity alone."""
+    number = maker.version()
+    result = promote(model=maker.model, policy=str(policy(INTEGRITY, name="first")), version=number)
+    assert result["phase"] == "promoted", result
+    return number
+
+
+def stage(model: str, number: str) -> str:
+    return str(registry.client().get_model_version(model, number).current_stage)
+
+
+def tags(model: str, number: str) -> dict[str, str]:
+    return dict(registry.client().get_model_version(model, number).tags)
+
+
+def test_a_good_challenger_goes_all_the_way(stack: Any, maker: Maker, policy: Policy, tmp_path: Path) -> None:
+    """Through every gate: then traffic, aliases and stages name the challenger, and the way back is warm."""
+    champion = crown(maker, policy)
+    challenger = maker.version(seed=1)
+    held_out = rows(600, 5)
+    held_out.assign(late=label(held_out)).to_parquet(tmp_path / "held-out.parquet")
+    wide = {"p50_ratio": {"max": 50}, "error_rate": {"max": 0.2}}
+    path = policy(
+        INTEGRITY,
+        {"kind": "schema"},
+        {"kind": "features", "live_sample": 50},
+        {
+            "kind": "quality",
+            "data": "held-out.parquet",
+            "label": "late",
+            "checks": {"roc_auc_delta": {"min": -0.05}},
+        },
+        {
+            "kind": "shadow",
+            "min_sample": 60,
+            "slices": ["segment"],
+            "min_slice": 20,
+            "tolerances": {"*": {"abs": 0.2}},
+            "checks": {
+                "disagreement": {"max": 0.3},
+                "slice_disagreement": {"max": 0.5},
+                "error_rate": {"max": 0.2},
+            },
+        },
+        {"kind": "load", "rate": "20/s", "run_time": "4s", "min_sample": 50, "checks": wide},
+        {**CANARY, "weights": [20, 60], "checks": wide},
+        {"kind": "watch", "run_time": "2s", "min_sample": 20, "checks": {"error_rate": {"max": 0.3}}},
+    )
+    with live(stack, maker.model, tmp_path) as traffic:
+        result = promote(model=maker.model, policy=str(path), version=challenger)
+        answered = traffic.stop()
+    assert result["phase"] == "promoted", result
+    assert answered.failed == 0
+    assert ask(stack, maker.model).headers["x-model-version"] == challenger
+    assert ask(stack, maker.model, f"/v/{champion}").headers["x-model-version"] == champion
+    assert registry.aliased(maker.model, "champion") == challenger
+    assert registry.aliased(maker.model, "previous") == champion
+    assert registry.aliased(maker.model, "challenger") is None
+    assert (stage(maker.model, challenger), stage(maker.model, champion)) == ("Production", "Archived")
+    assert tags(maker.model, challenger)["titleshot.phase"] == "promoted"
+
+    entry = history.entry(result["promotion"])
+    stored = history.stored(entry.run_id)
+    steps = [v.step for v in stored.verdicts]
+    assert steps == [s.name for s in stored.plan]
+    assert stored.phase.value == entry.phase == "promoted"
+    page = history.fetch(entry, "report/report.html", tmp_path).read_text()
+    assert page.count("<svg") == 3
+    assert "<script" not in page
+    assert "src=" not in page
+
+    # The operator changes their mind: one call, and everything is as it was, the version quarantined.
+    back = rollback(model=maker.model, reason="the night shift says so")
+    assert back["phase"] == "rolled back", back
+    assert ask(stack, maker.model).headers["x-model-version"] == champion
+    assert registry.aliased(maker.model, "champion") == champion
+    assert registry.aliased(maker.model, "previous") == challenger
+    assert (stage(maker.model, champion), stage(maker.model, challenger)) == ("Production", "Archived")
+    with pytest.raises(Mistake, match=r"quarantined.*the night shift says so"):
+        promote(model=maker.model, policy=str(path), version=challenger)
+    kinds = [entry.kind for entry in history.entries(maker.model)]
+    assert kinds == ["rollback", "promotion", "promotion"]
+
+
+def test_a_breaking_schema_is_rejected(stack: Any, maker: Maker, policy: Policy) -> None:
+    """A column that live requests do not carry: rejected in words, a completed run, nothing deployed."""
+    champion = crown(maker, policy)
+    frame = rows(300).assign(delay=1.5)
+    challenger = maker.version(frame=frame)
+    path = policy(INTEGRITY, {"kind": "schema"}, CANARY)
+    result = promote(model=maker.model, policy=str(path), version=challenger, return_state=True)
+    assert result.is_completed()
+    outcome = result.result()
+    assert (outcome["phase"], outcome["step"]) == ("rejected", "schema")
+    assert "delay" in outcome["why"]
+    assert registry.aliased(maker.model, "champion") == champion
+    assert set(stack.deployed(maker.model)) == {champion}
+    assert tags(maker.model, challenger)["titleshot.phase"] == "rejected"
+    with pytest.raises(Mistake, match=r"quarantined.*delay.*--again"):
+        promote(model=maker.model, policy=str(path), version=challenger)
+    again = promote(model=maker.model, policy=str(path), version=challenger, again=True)
+    assert again["phase"] == "rejected"
+    # The same artifact under a new number is the same artifact.
+    version = registry.client().get_model_version(maker.model, challenger)
+    logged = json.loads(json.dumps(version.source)).split("/")[-1]
+    twin = maker.registered(version.source, version.run_id, logged)
+    with pytest.raises(Mistake, match="quarantined"):
+        promote(model=maker.model, policy=str(path), version=twin)
+
+
+def test_a_failing_challenger_is_rolled_back_and_nobody_notices(
+    stack: Any, maker: Maker, policy: Policy, tmp_path: Path
+) -> None:
+    """It raises on a category that training never saw: the canary sees it, the clients do not."""
+    champion = crown(maker, policy)
+    challenger = maker.version(model=pipeline(handle_unknown="error"), seed=2)
+    with live(stack, maker.model, tmp_path, segments="abc") as traffic:
+        result = promote(model=maker.model, policy=str(policy(INTEGRITY, CANARY)), version=challenger)
+        answered = traffic.stop()
+    assert (result["phase"], result["step"]) == ("rolled back", "canary 50%"), result
+    assert "error_rate" in result["why"]
+    assert answered.sent > 50
+    assert answered.failed == 0
+    assert registry.aliased(maker.model, "champion") == champion
+    assert set(stack.deployed(maker.model)) == {champion}
+    assert stage(maker.model, challenger) == "None"
+
+
+def test_a_regression_after_the_promotion_brings_the_champion_back(
+    stack: Any, maker: Maker, policy: Policy, tmp_path: Path
+) -> None:
+    """With a watch and no canary the regression is seen after the cut-over, and undone, alias and all."""
+    champion = crown(maker, policy)
+    challenger = maker.version(model=pipeline(handle_unknown="error"), seed=3)
+    watch = {"kind": "watch", "run_time": "60s", "min_sample": 40, "checks": {"error_rate": {"max": 0.1}}}
+    with live(stack, maker.model, tmp_path, segments="abc") as traffic:
+        result = promote(model=maker.model, policy=str(policy(INTEGRITY, watch)), version=challenger)
+        answered = traffic.stop()
+    assert (result["phase"], result["step"]) == ("rolled back", "watch"), result
+    assert answered.failed == 0
+    assert registry.aliased(maker.model, "champion") == champion
+    assert registry.aliased(maker.model, "previous") is None
+    assert ask(stack, maker.model).headers["x-model-version"] == champion
+
+
+def test_an_artifact_that_changed_after_admission_is_not_loaded(
+    settings: Any, maker: Maker, policy: Policy
+) -> None:
+    """The digest of the first admission is the version's: other bytes under its name are rejected unread."""
+    crown(maker, policy)
+    challenger = maker.version(seed=4)
+    registry.tag(maker.model, challenger, digest="sha256:" + "0" * 64)
+    result = promote(model=maker.model, policy=str(policy(INTEGRITY, CANARY)), version=challenger)
+    assert (result["phase"], result["step"]) == ("rejected", "integrity")
+    assert "digest_matches" in result["why"]
+    stored = history.stored(history.entry(result["promotion"]).run_id)
+    assert "answers_example" not in stored.verdicts[0].evidence.measurements
+
+
+def test_a_pickle_is_refused_by_name(stack: Any, maker: Maker, policy: Policy) -> None:
+    """Unsafe serialisation is found before anything loads it, and the file is named."""
+    crown(maker, policy)
+    challenger = maker.version(seed=5, serialization_format="cloudpickle")
+    result = promote(model=maker.model, policy=str(policy(INTEGRITY, CANARY)), version=challenger)
+    assert (result["phase"], result["step"]) == ("rejected", "integrity")
+    assert "model.pkl" in result["why"]
+
+
+def test_a_challenger_that_never_becomes_ready_is_rejected_with_its_log(
+    stack: Any, maker: Maker, policy: Policy, settings: Any
+) -> None:
+    """A server that cannot load its model: rejected at deploy, its log's last lines in the evidence."""
+    champion = crown(maker, policy)
+    challenger = maker.version(seed=6, serialization_format="cloudpickle", code_paths=None)
+    # The artifact is admitted as it is, and is not a model: what its own server then says is the evidence.
+    from deployments.artifact import digest
+
+    found = registry.find(maker.model, challenger)
+    real = registry.download
+
+    def broken(version: registry.Registered, home: Path) -> Path:
+        path = real(version, home)
+        if version.number == challenger:
+            (path / "model.pkl").write_bytes(b"not a pickle")
+        return path
+
+    registry.tag(maker.model, challenger, digest=digest(broken(found, settings.home)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "download", broken)
+        result = promote(
+            model=maker.model, policy=str(policy({"kind": "schema"}, CANARY)), version=challenger
+        )
+    assert (result["phase"], result["step"]) == ("rejected", "deploy"), result
+    stored = history.stored(history.entry(result["promotion"]).run_id)
+    assert "pickle" in stored.verdicts[1].evidence.note.lower()
+    assert set(stack.deployed(maker.model)) == {champion}
+
+
+def test_an_alias_moved_by_hand_stops_the_promotion(
+    stack: Any, maker: Maker, policy: Policy, tmp_path: Path
+) -> None:
+    """Someone moved the champion meanwhile: the promotion refuses, says who sees what, and gives back."""
+    champion = crown(maker, policy)
+    other, challenger = maker.version(seed=7), maker.version(seed=8)
+    real = registry.set_alias
+
+    def meanwhile(model: str, alias: str, number: str | None) -> None:
+        real(model, alias, number)
+        if alias == "challenger":
+            real(model, "champion", other)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "set_alias", meanwhile)
+        result = promote(model=maker.model, policy=str(policy(INTEGRITY)), version=challenger)
+    assert result["step"] == "promote"
+    assert f"names v{other}, not v{champion}" in result["why"]
+    assert ask(stack, maker.model).headers["x-model-version"] == champion
+
+
+def test_a_changed_verdict_is_noticed(stack: Any, maker: Maker, policy: Policy) -> None:
+    """The chain of digests breaks where somebody rewrites a verdict."""
+    number = crown(maker, policy)
+    entry = history.entries(maker.model)[0]
+    assert entry.challenger == number
+    client = registry.client()
+    import mlflow.artifacts
+
+    first = sorted(info.path for info in client.list_artifacts(entry.run_id, "verdicts"))[0]
+    text = mlflow.artifacts.load_text(f"runs:/{entry.run_id}/{first}")
+    client.log_text(entry.run_id, text.replace('"passed"', '"failed"', 1), first)
+    with pytest.raises(history.Tampered, match="was changed"):
+        history.stored(entry.run_id)
