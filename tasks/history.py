@@ -70,9 +70,7 @@ def open_run(model: str, name: str, tags: dict[str, str]) -> str:
     """A new run called `name` in the model's experiment. Returns its run id."""
     experiment = client().get_experiment_by_name(EXPERIMENT + model)
     experiment_id = experiment.experiment_id if experiment else client().create_experiment(EXPERIMENT + model)
-    ours = {
-        TAG + key: value for key, value in {"id": name, "model": model, "phase": "running", **tags}.items()
-    }
+    ours = {TAG + key: value for key, value in {"id": name, "model": model, "phase": "running", **tags}.items()}
     return str(client().create_run(experiment_id, run_name=name, tags=ours).info.run_id)
 
 
@@ -135,9 +133,7 @@ def entries(model: str | None = None, identifier: str | None = None) -> list[Ent
     if not experiments:
         return []
     wanted = f"tags.`{TAG}id` = '{identifier}'" if identifier else ""
-    found = client().search_runs(
-        experiments, wanted, order_by=["attributes.start_time DESC"], max_results=1000
-    )
+    found = client().search_runs(experiments, wanted, order_by=["attributes.start_time DESC"], max_results=1000)
     return [_entry(run) for run in found if TAG + "id" in run.data.tags]
 
 
@@ -177,9 +173,7 @@ def stored(run_id: str) -> Promotion:
     for path, text in _verdict_files(run_id):
         data = json.loads(text)
         if data["before"] != before:
-            raise Tampered(
-                f"{path} of run {run_id} does not follow the verdict before it: one of them was changed"
-            )
+            raise Tampered(f"{path} of run {run_id} does not follow the verdict before it: one of them was changed")
         verdicts.append(Verdict.model_validate(data["verdict"]))
         before = sha256(text.encode())
     return Promotion.model_validate({**head, "verdicts": verdicts})
@@ -205,9 +199,7 @@ def fetch(entry: Entry, artifact: str, into: Path) -> Path:
     into.mkdir(parents=True, exist_ok=True)
     try:
         return Path(
-            mlflow.artifacts.download_artifacts(
-                run_id=entry.run_id, artifact_path=artifact, dst_path=str(into)
-            )
+            mlflow.artifacts.download_artifacts(run_id=entry.run_id, artifact_path=artifact, dst_path=str(into))
         )
     except (MlflowException, OSError) as error:
         raise Mistake(f"{entry.id} has no {artifact}: it is {entry.phase}") from error

@@ -77,9 +77,7 @@ def _payloads(context: Context, gate: Load) -> tuple[list[Any], str]:
         try:
             bodies = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         except (OSError, ValueError) as error:
-            raise Mistake(
-                f"the policy's payloads {path} cannot be read ({error}): one JSON body a line"
-            ) from error
+            raise Mistake(f"the policy's payloads {path} cannot be read ({error}): one JSON body a line") from error
         if not bodies:
             raise Mistake(f"the policy's payloads {path} are empty: one JSON body a line")
         return bodies, f"requests of {path.name}"

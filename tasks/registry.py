@@ -52,9 +52,7 @@ def find(model: str, number: str) -> Registered:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
         known = versions(model)
-        raise Mistake(
-            f"{model} has no version {number}: it has {', '.join(known) or 'none yet'}", code=2
-        ) from error
+        raise Mistake(f"{model} has no version {number}: it has {', '.join(known) or 'none yet'}", code=2) from error
     return Registered(model, str(version.version), version.run_id, dict(version.tags))
 
 
@@ -134,9 +132,7 @@ def download(version: Registered, home: Path) -> Path:
         # Never trust what lies here from an earlier time: the digest is of what the registry gives now.
         shutil.rmtree(path)
     path.mkdir(parents=True)
-    mlflow.artifacts.download_artifacts(
-        artifact_uri=f"models:/{version.model}/{version.number}", dst_path=str(path)
-    )
+    mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.model}/{version.number}", dst_path=str(path))
     return path
 
 

@@ -39,9 +39,7 @@ def write(promotion: Promotion, folder: Path, links: dict[str, str]) -> Path:
         links=links,
         seconds=_seconds,
         remaining=[step for step in promotion.plan if step.name not in reached],
-        policy=yaml.safe_dump(
-            json.loads(promotion.policy.model_dump_json(exclude_defaults=False)), sort_keys=False
-        ),
+        policy=yaml.safe_dump(json.loads(promotion.policy.model_dump_json(exclude_defaults=False)), sort_keys=False),
     )
     path = folder / "report.html"
     path.write_text(page)
@@ -61,10 +59,11 @@ def markdown(promotion: Promotion) -> str:
 def explain(promotion: Promotion) -> str:
     """What was asked, measured and decided, and why: in words and numbers."""
     model = promotion.policy.model
+    place = f"v{promotion.champion}" if promotion.champion else "a first champion"
     lines = [
         f"{promotion.id}: {model} v{promotion.challenger} is {promotion.phase.value}.",
-        f"It asked for the place of {f'v{promotion.champion}' if promotion.champion else 'a first champion'}, under policy "
-        f"{promotion.policy.digest[:19]}, with the artifact {promotion.digest[:19]}.",
+        f"It asked for the place of {place}, with the artifact {promotion.digest[:19]},",
+        f"under policy {promotion.policy.digest[:19]}.",
         "",
     ]
     for verdict in promotion.verdicts:
@@ -179,16 +178,10 @@ def _canary(canaries: list[tuple[str, dict[str, Any]]]) -> Plot:
         times += [offset, offset + end]
         weights += [data["weight"], data["weight"]]
         for side, color in (("champion", CHAMPION), ("challenger", CHALLENGER)):
-            points = [
-                (offset + row["seconds"], 100 * row[f"{side}_errors"] / row[side])
-                for row in series
-                if row[side]
-            ]
+            points = [(offset + row["seconds"], 100 * row[f"{side}_errors"] / row[side]) for row in series if row[side]]
             if points:
                 first = canaries[0][1] is data
-                below.plot(
-                    *zip(*points, strict=True), color=color, linewidth=2, label=side if first else None
-                )
+                below.plot(*zip(*points, strict=True), color=color, linewidth=2, label=side if first else None)
         offset += end
     above.plot(times, weights, color=CHALLENGER, linewidth=2, drawstyle="default")
     above.fill_between(times, weights, color=CHALLENGER, alpha=0.15)

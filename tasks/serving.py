@@ -32,9 +32,7 @@ def deploy(context: Context) -> Seen:
     """Serve the challenger beside the champion, ready and warm, without traffic."""
     started = time.monotonic()
     try:
-        endpoint = context.target.deploy(
-            context.challenger.version(context.settings.env_manager), context.fence
-        )
+        endpoint = context.target.deploy(context.challenger.version(context.settings.env_manager), context.fence)
     except NeverReady as error:
         note = f"{error}; its log ends with:\n{error.log}"
         return Seen({"ready": Measurement.exact(0, note=str(error))}, note)
@@ -70,9 +68,7 @@ def shadow(context: Context, gate: Shadow, decided: Decided) -> Seen:
         return pairing.pairs, measured
 
     try:
-        measured, note = _watch_until(
-            look, gate.min_sample, gate.confidence, gate.max.total_seconds(), decided
-        )
+        measured, note = _watch_until(look, gate.min_sample, gate.confidence, gate.max.total_seconds(), decided)
     finally:
         target.route(Traffic(model, champion), context.fence)
     return Seen(measured, note, {"agreement": _agreement_data(pairing, gate.confidence)})
@@ -135,9 +131,7 @@ def watch(context: Context, gate: Watch, failed: Decided) -> Seen:
     _, challenger = _names(context)
     target, model = context.target, context.model
     before = target.observe(model)
-    baseline = (
-        _since(context.cut_over, context.began, context.champion.number) if context.champion else Served()
-    )
+    baseline = _since(context.cut_over, context.began, context.champion.number) if context.champion else Served()
 
     def look(confidence: float) -> tuple[int, dict[str, Measurement]]:
         new = _since(target.observe(model), before, challenger)
@@ -180,9 +174,7 @@ def rollback(context: Context) -> Seen:
         if target.traffic(model) is not None:
             raise TargetError(f"{model} v{challenger} serves and there is no champion to go back to")
         target.retire(model, challenger, context.fence)
-        return Seen(
-            {"agreement": Measurement.exact(1)}, "there was no champion: the challenger was taken down"
-        )
+        return Seen({"agreement": Measurement.exact(1)}, "there was no champion: the challenger was taken down")
     old = context.champion.number
     started = time.monotonic()
     target.route(Traffic(model, old), context.fence)
@@ -277,9 +269,7 @@ def _compare(new: Served, old: Served, confidence: float) -> dict[str, Measureme
     if new.requests:
         measured["error_rate"] = proportion(new.errors, new.requests, confidence)
     if new.requests and old.requests:
-        measured["error_rate_delta"] = difference(
-            new.errors, new.requests, old.errors, old.requests, confidence
-        )
+        measured["error_rate_delta"] = difference(new.errors, new.requests, old.errors, old.requests, confidence)
     for percent in (50, 90, 95, 99):
         q = percent / 100
         if sum(new.latency.counts):

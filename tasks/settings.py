@@ -68,9 +68,7 @@ class Settings(BaseSettings):
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise Mistake(
-                f"{self.stack_file} cannot be read ({error}): remove it and run `titleshot up`"
-            ) from error
+            raise Mistake(f"{self.stack_file} cannot be read ({error}): remove it and run `titleshot up`") from error
 
     @property
     def mlflow(self) -> str:

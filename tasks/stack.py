@@ -140,14 +140,10 @@ def _wait(addresses: dict[str, str], target: LocalTarget, say: Callable[[str], N
         for name, program in target.supervisor.status().items():
             if name in waiting and program.state in ("FATAL", "EXITED"):
                 last = target.supervisor.tail(name, 1) or "nothing"
-                raise Mistake(
-                    f"{name} does not start: its log {target.supervisor.log(name)} ends with: {last}"
-                )
+                raise Mistake(f"{name} does not start: its log {target.supervisor.log(name)} ends with: {last}")
         if waiting and time.monotonic() - started > START_TIMEOUT:
             name = next(iter(waiting))
-            raise Mistake(
-                f"{name} does not answer after {START_TIMEOUT:.0f} s: read {target.supervisor.log(name)}"
-            )
+            raise Mistake(f"{name} does not answer after {START_TIMEOUT:.0f} s: read {target.supervisor.log(name)}")
         time.sleep(0.3)
 
 

@@ -54,11 +54,7 @@ def schema(context: Context) -> Seen:
     return Seen(
         signature.measurements(champion, challenger),
         "; ".join(d.message for d in differences) or "the signatures are compatible",
-        {
-            "differences": [
-                {"column": d.column, "message": d.message, "breaking": d.breaking} for d in differences
-            ]
-        },
+        {"differences": [{"column": d.column, "message": d.message, "breaking": d.breaking} for d in differences]},
     )
 
 
@@ -103,11 +99,7 @@ def features(context: Context, gate: Features) -> Seen:
     note = f"{len(reference):,} reference rows"
     if gate.live_sample and context.champion is not None:
         frame = pd.DataFrame(
-            [
-                row
-                for body in live_requests(context, gate.live_sample)
-                for row in request_rows(json.dumps(body))
-            ]
+            [row for body in live_requests(context, gate.live_sample) for row in request_rows(json.dumps(body))]
         )
         if not frame.empty:
             live_report = expectations.validate(expectations.for_live_sample(suite, len(frame)), frame)
@@ -127,9 +119,7 @@ def quality(context: Context, gate: Quality) -> Seen:
     path = _existing(context.file(gate.data))
     frame = pd.read_parquet(path)
     if gate.label not in frame.columns:
-        raise Mistake(
-            f"{path.name} has no column '{gate.label}': it has {', '.join(map(str, frame.columns))}"
-        )
+        raise Mistake(f"{path.name} has no column '{gate.label}': it has {', '.join(map(str, frame.columns))}")
     if frame.empty:
         raise Mistake(f"{path.name} has no rows: a quality gate needs held-out rows with their labels")
     sides = {"challenger": context.challenger} | ({"champion": context.champion} if context.champion else {})
@@ -157,9 +147,7 @@ def _of(rows: int, value: float, note: str = "") -> Measurement:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise Mistake(
-            f"the policy names {path}, which is not there: paths in a policy are relative to its file"
-        )
+        raise Mistake(f"the policy names {path}, which is not there: paths in a policy are relative to its file")
     return path
 
 
@@ -174,9 +162,7 @@ def write_suite(version: registry.Registered, home: Path, to: Path) -> int:
         raise Mistake(f"{to} is there already, perhaps edited by hand: name another file with --to", code=2)
     frame = pd.read_parquet(registry.reference(version, home))
     if frame.empty:
-        raise Mistake(
-            f"the reference features of {version.name} have no rows: there is nothing to learn from"
-        )
+        raise Mistake(f"the reference features of {version.name} have no rows: there is nothing to learn from")
     suite = expectations.suite_from(frame, version.model)
     try:
         expectations.save(suite, to)

@@ -144,12 +144,13 @@ def _is_text_pickle(head: bytes) -> bool:
     Text may look like one: a list of requirements that starts with "cloudpickle" imports "loudpickle".
     So opcodes are read on, which runs nothing, to the end of the pickle or of `head`.
     """
-    imports = False
+    imports, reached = False, 0
     try:
-        for opcode, _, _ in pickletools.genops(head):
-            imports = imports or opcode.name in ("GLOBAL", "INST")
-    except (ValueError, UnicodeDecodeError) as error:
-        return imports and len(head) >= _HEAD and "exhausted" in str(error)
+        for opcode, _, position in pickletools.genops(head):
+            imports, reached = imports or opcode.name in ("GLOBAL", "INST"), position or 0
+    except ValueError:
+        # Only where `head` is cut off may it end in the middle.
+        return imports and len(head) == _HEAD and reached > _HEAD - 1024
     return imports
 
 
@@ -173,9 +174,7 @@ def _foreign_types(path: Path, trusted: Collection[str]) -> str:
     except Exception as error:  # noqa: BLE001 - whatever skops stumbles over, the file is not as it should be
         return f"cannot be read by skops ({_last_line(str(error))})"
     foreign = [
-        name
-        for name in sorted(types)
-        if name not in trusted and not name.startswith(("sklearn.", "numpy.", "scipy."))
+        name for name in sorted(types) if name not in trusted and not name.startswith(("sklearn.", "numpy.", "scipy."))
     ]
     return f"needs types that nobody vouched for: {', '.join(foreign)}" if foreign else ""
 

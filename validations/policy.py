@@ -5,6 +5,7 @@ Pure: `read` takes text. The policy is the plan: `plan()` lists the steps that w
 
 import difflib
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator
 from datetime import timedelta
@@ -69,9 +70,7 @@ Duration = Annotated[
 ]
 """A length of time in a policy: `30s`, `10m`, `1h30m`, `24h`."""
 
-Rate = Annotated[
-    float, BeforeValidator(_rate), PlainSerializer(lambda r: f"{r!r}/s", return_type=str), Field(gt=0)
-]
+Rate = Annotated[float, BeforeValidator(_rate), PlainSerializer(lambda r: f"{r!r}/s", return_type=str), Field(gt=0)]
 """Requests per second; written `100/s`, `300/m`."""
 
 Percent = Annotated[float, Field(gt=0, le=100)]
@@ -157,8 +156,9 @@ class Features(_Gate):
     """The challenger's reference features and a sample of live requests meet an expectation suite.
 
     `suite` is a JSON file beside the policy; without it the suite is generated from the champion's
-    reference features, without the columns of `exclude` (those that are meant to move). `reference` is a parquet file; without it the version's run must hold
-    `reference/features.parquet`. `live_sample` live requests are looked at (0: none).
+    reference features, without the columns of `exclude` (those that are meant to move). `reference` is a
+    parquet file; without it the version's run must hold `reference/features.parquet`.
+    `live_sample` live requests are looked at (0: none).
     """
 
     METRICS: ClassVar = ("unmet_expectations", "unmet_live_expectations")
@@ -268,7 +268,7 @@ class Canary(_Gate):
     @field_validator("weights")
     @classmethod
     def _grow(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
-        for before, after in zip(weights, weights[1:], strict=False):
+        for before, after in itertools.pairwise(weights):
             if after <= before:
                 _refuse(f"weights grow: {after:g} comes after {before:g}")
         for weight in weights:

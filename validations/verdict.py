@@ -188,9 +188,7 @@ def judge(step: str, bounds: Mapping[str, Bound], evidence: Evidence, min_sample
     for metric, bound in bounds.items():
         measured = evidence.measurements.get(metric)
         outcome = Outcome.ERRORED if measured is None else bound.judge(measured, min_sample)
-        checks.append(
-            Check(metric=metric, bound=bound, measured=measured, min_sample=min_sample, outcome=outcome)
-        )
+        checks.append(Check(metric=metric, bound=bound, measured=measured, min_sample=min_sample, outcome=outcome))
     outcome = Outcome.worst([check.outcome for check in checks])
     return Verdict(step=step, outcome=outcome, checks=tuple(checks), evidence=evidence)
 

@@ -48,9 +48,7 @@ def run(say: Callable[[str], None]) -> dict[str, Any]:
     return _show(settings, fitted, tell, began)
 
 
-def _show(
-    settings: Settings, fitted: list[Fitted], tell: Callable[[str], None], began: float
-) -> dict[str, Any]:
+def _show(settings: Settings, fitted: list[Fitted], tell: Callable[[str], None], began: float) -> dict[str, Any]:
     from flows.promote import promote
     from loadtests import run as load
     from tasks.progress import listening
@@ -74,10 +72,7 @@ def _show(
             policy = policies["no-shadow" if recipe.stopped_by == "canary" else "policy"]
             with listening(lambda text: tell(f"  {text}")):
                 result = promote(model=model, policy=str(policy), version=number)
-            rows.append(
-                {"challenger": recipe.name, "version": number, "promotion": result["promotion"]}
-                | _row(result)
-            )
+            rows.append({"challenger": recipe.name, "version": number, "promotion": result["promotion"]} | _row(result))
             done = live.progress()
             tell(f"  live so far: {done['sent']:,} requests, {done['failed']} failed")
     finally:
@@ -128,9 +123,7 @@ def _free_name() -> str:
     from tasks import registry
 
     names = {m.name for m in registry.client().search_registered_models(max_results=1000)}
-    return next(
-        n for n in ("flight-delay", *(f"flight-delay-{i}" for i in range(2, 10_000))) if n not in names
-    )
+    return next(n for n in ("flight-delay", *(f"flight-delay-{i}" for i in range(2, 10_000))) if n not in names)
 
 
 def _register(fitted: list[Fitted], model: str, settings: Settings, tell: Callable[[str], None]) -> list[str]:

@@ -169,9 +169,7 @@ def live(target: Any, model: str, folder: Path, *, segments: str = "ab", rate: f
     from loadtests import run
 
     frame = rows(500, 9, segments)
-    bodies = [
-        {"dataframe_split": {"columns": COLUMNS, "data": [row]}} for row in frame[COLUMNS].values.tolist()
-    ]
+    bodies = [{"dataframe_split": {"columns": COLUMNS, "data": [row]}} for row in frame[COLUMNS].to_numpy().tolist()]
     payloads = folder / "live.jsonl"
     payloads.write_text("".join(json.dumps(body) + "\n" for body in bodies))
     profile = run.Profile(rate=rate, seconds=240, timeout=20)

@@ -108,9 +108,7 @@ def test_a_home_too_long_for_sockets(said: Said, tmp_path: Path, monkeypatch: py
     assert "TITLESHOT_HOME" in error
 
 
-def test_a_port_in_use(
-    said: Said, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path_factory: Any
-) -> None:
+def test_a_port_in_use(said: Said, monkeypatch: pytest.MonkeyPatch, home: Path, tmp_path_factory: Any) -> None:
     """A taken port is named, with the option that chooses another, and nothing is started."""
     import tempfile
 
@@ -161,9 +159,7 @@ def test_an_unknown_model(said: Said, stack: Any, tmp_path: Path) -> None:
         assert "Traceback" not in error
 
 
-def test_what_a_promotion_refuses_to_begin(
-    said: Said, stack: Any, maker: Maker, policy: Any, tmp_path: Path
-) -> None:
+def test_what_a_promotion_refuses_to_begin(said: Said, stack: Any, maker: Maker, policy: Any, tmp_path: Path) -> None:
     """Each thing that a promotion cannot begin with is one line, and leaves the registry as it was."""
     good = maker.version()
     unsigned = maker.version(signature=False)
@@ -222,9 +218,7 @@ def test_history_explain_show_and_suite(
 ) -> None:
     """A promotion is listed, explained in words and numbers, shown as a page; a suite is written once."""
     number = maker.version()
-    assert (
-        cli.run(["promote", maker.model, "--policy", str(policy(GOOD)), "--version", number, "--json"]) == 0
-    )
+    assert cli.run(["promote", maker.model, "--policy", str(policy(GOOD)), "--version", number, "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert cli.run(["history", maker.model, "--json"]) == 0
     assert [e["id"] for e in json.loads(capfd.readouterr().out)] == [result["promotion"]]

@@ -174,9 +174,7 @@ def test_a_regression_after_the_promotion_brings_the_champion_back(
     assert ask(stack, maker.model).headers["x-model-version"] == champion
 
 
-def test_an_artifact_that_changed_after_admission_is_not_loaded(
-    settings: Any, maker: Maker, policy: Policy
-) -> None:
+def test_an_artifact_that_changed_after_admission_is_not_loaded(settings: Any, maker: Maker, policy: Policy) -> None:
     """The digest of the first admission is the version's: other bytes under its name are rejected unread."""
     crown(maker, policy)
     challenger = maker.version(seed=4)
@@ -218,18 +216,14 @@ def test_a_challenger_that_never_becomes_ready_is_rejected_with_its_log(
     registry.tag(maker.model, challenger, digest=digest(broken(found, settings.home)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "download", broken)
-        result = promote(
-            model=maker.model, policy=str(policy({"kind": "schema"}, CANARY)), version=challenger
-        )
+        result = promote(model=maker.model, policy=str(policy({"kind": "schema"}, CANARY)), version=challenger)
     assert (result["phase"], result["step"]) == ("rejected", "deploy"), result
     stored = history.stored(history.entry(result["promotion"]).run_id)
     assert "pickle" in stored.verdicts[1].evidence.note.lower()
     assert set(stack.deployed(maker.model)) == {champion}
 
 
-def test_an_alias_moved_by_hand_stops_the_promotion(
-    stack: Any, maker: Maker, policy: Policy, tmp_path: Path
-) -> None:
+def test_an_alias_moved_by_hand_stops_the_promotion(stack: Any, maker: Maker, policy: Policy, tmp_path: Path) -> None:
     """Someone moved the champion meanwhile: the promotion refuses, says who sees what, and gives back."""
     champion = crown(maker, policy)
     other, challenger = maker.version(seed=7), maker.version(seed=8)
@@ -256,7 +250,7 @@ def test_a_changed_verdict_is_noticed(stack: Any, maker: Maker, policy: Policy) 
     client = registry.client()
     import mlflow.artifacts
 
-    first = sorted(info.path for info in client.list_artifacts(entry.run_id, "verdicts"))[0]
+    first = min(info.path for info in client.list_artifacts(entry.run_id, "verdicts"))
     text = mlflow.artifacts.load_text(f"runs:/{entry.run_id}/{first}")
     client.log_text(entry.run_id, text.replace('"passed"', '"failed"', 1), first)
     with pytest.raises(history.Tampered, match="was changed"):

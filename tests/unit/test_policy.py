@@ -106,6 +106,4 @@ def test_every_gate_and_check_is_documented() -> None:
         assert f"`{kind}`" in page
         for metric in gate.METRICS:
             base = re.sub(r"^p\d+_", "pNN_", metric)
-            assert (
-                f"`{metric}`" in page or f"`{base}`" in page or f"`{metric.removesuffix('_delta')}`" in page
-            ), metric
+            assert f"`{metric}`" in page or f"`{base}`" in page or f"`{metric.removesuffix('_delta')}`" in page, metric

@@ -64,9 +64,7 @@ def begin(policy: Policy, champion: str | None) -> Promotion:
 
 
 @given(policies(), champions, runs)
-def test_it_ends_and_only_passes_promote(
-    policy: Policy, champion: str | None, outcomes: list[Outcome]
-) -> None:
+def test_it_ends_and_only_passes_promote(policy: Policy, champion: str | None, outcomes: list[Outcome]) -> None:
     """Whatever happens a promotion ends, runs no step twice, and is promoted on passes alone."""
     end = drive(begin(policy, champion), performer(outcomes), lambda _: None)
     names = [v.step for v in end.verdicts]

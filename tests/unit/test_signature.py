@@ -55,9 +55,7 @@ A, B = column("a"), column("b", "long")
 
 def test_a_signature_is_compatible_with_itself():
     """Equal signatures have no differences, and the gate's measurement is an exact 0."""
-    same = signature(
-        A, B, column("o", record(x="string", y_=array("long"))), params=[param("t", "double", 0.5)]
-    )
+    same = signature(A, B, column("o", record(x="string", y_=array("long"))), params=[param("t", "double", 0.5)])
     assert compare(same, same) == []
     measured = measurements(same, same)["breaking_changes"]
     assert (measured.low, measured.high, measured.sample) == (0, 0, 1)
@@ -167,9 +165,7 @@ def test_a_nested_change_is_named_by_its_path():
 )
 def test_a_tensor_may_only_become_more_permissive(old, new, breaking):
     """A free dimension may take the place of a fixed one, and a wider type that of a narrower one."""
-    assert [d.breaking for d in compare(signature(old), signature(new))] == (
-        [] if breaking is None else [breaking]
-    )
+    assert [d.breaking for d in compare(signature(old), signature(new))] == ([] if breaking is None else [breaking])
 
 
 @pytest.mark.parametrize(
@@ -218,9 +214,7 @@ def test_params_keep_name_type_and_default(old, new, breaking):
     assert all(d.kind == "param" for d in changes)
 
 
-@pytest.mark.parametrize(
-    "missing", [None, {}, {"inputs": None, "outputs": None}, {"inputs": json.dumps([A])}]
-)
+@pytest.mark.parametrize("missing", [None, {}, {"inputs": None, "outputs": None}, {"inputs": json.dumps([A])}])
 def test_a_missing_signature_is_told_with_the_mend(missing):
     """Without a signature on either side nothing can be promised, and the message says how to log one."""
     for pair, side in (((missing, signature(A)), "champion"), ((signature(A), missing), "challenger")):
@@ -246,8 +240,10 @@ TYPES = st.recursive(
     ),
     max_leaves=4,
 )
-SCHEMAS = st.dictionaries(st.sampled_from("abcd"), st.tuples(TYPES, st.booleans()), min_size=1).map(
-    lambda columns: [column(name, kind, required=required) for name, (kind, required) in columns.items()]
+SCHEMAS = st.tuples(*[st.tuples(TYPES, st.booleans())] * 2).map(
+    lambda columns: [
+        column(name, kind, required=required) for name, (kind, required) in zip("ab", columns, strict=True)
+    ]
 )
 
 
@@ -259,8 +255,7 @@ def test_what_is_harmless_twice_is_harmless_at_once(one, two, three):
         return not any(d.breaking for d in compare(signature(*old), signature(*new)))
 
     assert safe(one, one)
-    if safe(one, two) and safe(two, three):
-        assert not [d for d in compare(signature(*one), signature(*three)) if d.kind == "narrowed"]
+    assert safe(one, three) or not (safe(one, two) and safe(two, three))
 
 
 # Requests of each type; what MLflow takes of them was measured, not read.
@@ -313,9 +308,7 @@ def test_what_is_called_harmless_is_accepted_by_mlflow_with_the_same_values():
             "instances": [{"c": value}],
         }
         try:
-            return True, _enforce_schema(infer_and_parse_data({form: body[form]}, schema), schema)[
-                "c"
-            ].tolist()
+            return True, _enforce_schema(infer_and_parse_data({form: body[form]}, schema), schema)["c"].tolist()
         except Exception:
             return False, None
 
@@ -324,9 +317,7 @@ def test_what_is_called_harmless_is_accepted_by_mlflow_with_the_same_values():
         if any(d.breaking for d in compare(signature(column("c", old)), signature(column("c", new)))):
             continue
         checked += 1
-        for value, form in itertools.product(
-            _values(old), ("dataframe_split", "dataframe_records", "instances")
-        ):
+        for value, form in itertools.product(_values(old), ("dataframe_split", "dataframe_records", "instances")):
             accepted, before = served(old, json.loads(json.dumps(value)), form)
             if accepted:
                 accepted, after = served(new, json.loads(json.dumps(value)), form)

@@ -38,9 +38,7 @@ def test_only_an_interval_wholly_inside_passes(bound: Bound, m: Measurement, min
 
 
 @given(st.dictionaries(st.text(min_size=1), bounds(), max_size=4), st.data())
-def test_the_judge_is_reproducible_and_needs_every_metric(
-    checks: dict[str, Bound], data: st.DataObject
-) -> None:
+def test_the_judge_is_reproducible_and_needs_every_metric(checks: dict[str, Bound], data: st.DataObject) -> None:
     """A verdict passes only if every bound was measured and held; stored and judged again it is the same."""
     measured = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys(checks, measurements())))
     evidence = Evidence(measurements=measured)
@@ -72,9 +70,7 @@ def test_a_failure_outweighs_what_was_not_measured() -> None:
     assert judge("s", {"a": Bound(max=1), "b": Bound(max=1)}, evidence).outcome is Outcome.FAILED
 
 
-@pytest.mark.parametrize(
-    "fields", [{"value": math.nan, "low": 0, "high": 1}, {"value": 2, "low": 0, "high": 1}]
-)
+@pytest.mark.parametrize("fields", [{"value": math.nan, "low": 0, "high": 1}, {"value": 2, "low": 0, "high": 1}])
 def test_an_impossible_measurement_is_refused(fields: dict[str, float]) -> None:
     """NaN, or an interval that does not hold its value, cannot become evidence."""
     with pytest.raises(ValidationError):
