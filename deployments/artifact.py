@@ -1,5 +1,6 @@
 """The digest of a downloaded model: what was admitted is what is loaded. Standard library only, because the
-model server reads this file by path, in environments that have nothing else of ours."""
+model server reads this file by path, in environments that have nothing else of ours.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ EXCLUDED = frozenset({"registered_model_meta", "__pycache__"})
 
 class UnsafeArtifact(ValueError):
     """The directory is not a plain tree of files: a link leads out of it, or something is neither file nor
-    directory."""
+    directory.
+    """
 
 
 def digest(path: Path) -> str:

@@ -20,7 +20,8 @@ class Protocol(StrEnum):
 
 def flavours(mlmodel: str) -> tuple[str, ...]:
     """The flavours that an MLmodel file names. MLflow writes it in block style: keys one level below
-    `flavors:`; in any other style none are found, and so it is refused."""
+    `flavors:`; in any other style none are found, and so it is refused.
+    """
     block = re.search(r"^flavors:\n((?:[ ].*\n?)+)", mlmodel, re.MULTILINE)
     return tuple(re.findall(r"^ {2}([\w.-]+):", block[1], re.MULTILINE)) if block else ()
 

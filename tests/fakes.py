@@ -173,9 +173,7 @@ class FakeTarget:
 
     # --- its client
 
-    def send(
-        self, model: str, body: bytes = b"{}", version: str | None = None, request_id: str | None = None
-    ) -> Sent:
+    def send(self, model: str, body: bytes = b"{}", version: str | None = None, request_id: str | None = None) -> Sent:
         """One live request, or one on `version`'s own path."""
         name = request_id or str(uuid.UUID(int=self._random.getrandbits(128)))
         if version is not None:

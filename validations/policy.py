@@ -122,7 +122,8 @@ class _Gate(Value):
 
     def bounds(self, *, first: bool = False) -> dict[str, Bound]:
         """The checks in force; without a champion (`first`) those that compare with one fall away."""
-        merged = {**self.DEFAULTS, **self.checks}
+        # The policy's own come first: what people asked for is what the verdict's sentence speaks of.
+        merged = {**self.checks, **{m: b for m, b in self.DEFAULTS.items() if m not in self.checks}}
         return {metric: b for metric, b in merged.items() if not (first and is_comparison(metric))}
 
     def falls_away(self) -> bool:

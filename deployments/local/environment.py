@@ -19,7 +19,7 @@ def main(path: str, manager: str) -> None:
     command = [*environment.get_activate_command(), "python -c 'import sys; print(sys.executable)'"]
     joined = " && ".join(part.rstrip("; ") for part in command)
     done = subprocess.run(["bash", "-c", joined], check=True, capture_output=True, text=True)
-    print(done.stdout.strip().splitlines()[-1])
+    sys.stdout.write(done.stdout.strip().splitlines()[-1] + "\n")
 
 
 if __name__ == "__main__":

@@ -102,9 +102,7 @@ def bootstrap(admin_socket: str, lds: str, cds: str) -> Json:
         "dynamic_resources": {"lds_config": source(lds), "cds_config": source(cds)},
         "layered_runtime": {"layers": [{"name": "admin", "admin_layer": {}}]},
         "stats_flush_interval": "1s",  # histograms appear at a flush only; the default is 5 s [17]
-        "stats_config": {
-            "histogram_bucket_settings": [{"match": {"contains": "rq_us"}, "buckets": list(EDGES_US)}]
-        },
+        "stats_config": {"histogram_bucket_settings": [{"match": {"contains": "rq_us"}, "buckets": list(EDGES_US)}]},
         "overload_manager": {
             "refresh_interval": "0.25s",
             "resource_monitors": [
@@ -254,7 +252,8 @@ def _aggregate(model: str, first: str, second: str, limits: Limits) -> Json:
 
 def split(traffic: Traffic) -> list[tuple[str, int]]:
     """Who gets which share, in hundredths of a percent. The champion comes first and the challenger last,
-    always: another order would move sticky users [20]."""
+    always: another order would move sticky users [20].
+    """
     model, champion, spare = traffic.model, traffic.champion, traffic.fallback
     shares = [(cluster_name(model, champion, spare), FULL - traffic.weight)]
     if traffic.challenger is not None and traffic.weight:
@@ -332,9 +331,7 @@ def _direct(match: Json, status: int, body: Json) -> Json:
 
 def _live(traffic: Traffic, limits: Limits) -> Json:
     action: Json = {
-        "weighted_clusters": {
-            "clusters": [{"name": name, "weight": weight} for name, weight in split(traffic)]
-        },
+        "weighted_clusters": {"clusters": [{"name": name, "weight": weight} for name, weight in split(traffic)]},
         "timeout": "0s",  # the default of 15 s counts to the end of the answer: it cuts streams [15]
         "retry_policy": {
             "retry_on": "connect-failure,refused-stream,reset,reset-before-request,5xx",
@@ -345,8 +342,7 @@ def _live(traffic: Traffic, limits: Limits) -> Json:
             "retry_priority": {
                 "name": "envoy.retry_priorities.previous_priorities",
                 "typed_config": {
-                    "@type": _TYPE + "envoy.extensions.retry.priority.previous_priorities.v3."
-                    "PreviousPrioritiesConfig",
+                    "@type": _TYPE + "envoy.extensions.retry.priority.previous_priorities.v3.PreviousPrioritiesConfig",
                     "update_frequency": 1,
                 },
             },
@@ -362,9 +358,7 @@ def _live(traffic: Traffic, limits: Limits) -> Json:
         action["request_mirror_policies"] = [
             {
                 "cluster": cluster_name(traffic.model, traffic.challenger) + SHADOW,
-                "runtime_fraction": {
-                    "default_value": {"numerator": traffic.mirror, "denominator": "TEN_THOUSAND"}
-                },
+                "runtime_fraction": {"default_value": {"numerator": traffic.mirror, "denominator": "TEN_THOUSAND"}},
                 "request_headers_mutations": [mark],
             }
         ]
@@ -499,7 +493,8 @@ Sample = tuple[str, Mapping[str, str], float]
 
 def served(model: str, samples: Iterable[Sample]) -> dict[str, Served]:
     """The attempts of `model` by version: "3", mirrored ones "3-shadow", those on the version's own path
-    "3-pinned"; "" are attempts that reached no version (shed by the gateway)."""
+    "3-pinned"; "" are attempts that reached no version (shed by the gateway).
+    """
     codes: dict[str, dict[str, int]] = {}
     upto: dict[str, dict[float, int]] = {}
     for name, labels, value in samples:

@@ -79,7 +79,8 @@ class Gateway:
 
     def path(self, kind: str, model: str = "") -> Path:
         """The file of one kind of resources. Each has a directory of its own: it is the directory that Envoy
-        watches."""
+        watches.
+        """
         return self._run / "xds" / (f"{kind}.{model}" if model else kind) / f"{kind}.json"
 
     def publish(
@@ -104,9 +105,7 @@ class Gateway:
         def taken() -> bool:
             if self._refused(prefix) > refused:
                 raise TargetError(f"the gateway refused the {kind} number {number}: {self._reason(said)}")
-            return self.stats(f"^{re.escape(prefix)}version_text$").get(f"{prefix}version_text") == str(
-                number
-            )
+            return self.stats(f"^{re.escape(prefix)}version_text$").get(f"{prefix}version_text") == str(number)
 
         try:
             wait_for(taken, self._timeout, f"the gateway did not take the {kind} number {number}", every=0.01)
@@ -117,9 +116,7 @@ class Gateway:
 
     def write(self, kind: str, model: str, number: int, resources: Iterable[Mapping[str, Any]]) -> None:
         """Write a file that nothing refers to yet, or that Envoy will read when it starts."""
-        self._replace(
-            self.path(kind, model), envoy.discovery(number, [dict(resource) for resource in resources])
-        )
+        self._replace(self.path(kind, model), envoy.discovery(number, [dict(resource) for resource in resources]))
 
     def validate(self, configuration: Mapping[str, Any]) -> None:
         """Let Envoy check a static configuration, before anything is replaced. Raises `TargetError`."""
@@ -177,7 +174,8 @@ class Gateway:
 
     def sick(self, names: Iterable[str]) -> dict[str, str]:
         """Which of these clusters cannot take requests, and why. A cluster that is still warming is
-        acknowledged already [9], but is not in this list of Envoy's."""
+        acknowledged already [9], but is not in this list of Envoy's.
+        """
         found = json.loads(self._get("/clusters?format=json")).get("cluster_statuses", [])
         hosts = {cluster["name"]: cluster.get("host_statuses", []) for cluster in found}
         why: dict[str, str] = {}

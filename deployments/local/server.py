@@ -39,7 +39,8 @@ Reply = tuple[int, str, bytes]
 
 class ModelFailed(BaseException):
     """Raised inside the model's own predict. A BaseException, so that MLflow's `except Exception`, which
-    makes a 400 of everything, lets it pass."""
+    makes a 400 of everything, lets it pass.
+    """
 
 
 def guarded(predict: Callable[..., Any], library: str) -> Callable[..., Any]:
@@ -72,17 +73,18 @@ class Frames:
     """
 
     def __init__(self, schema: Any) -> None:
-        import numpy
-        import pandas
+        import numpy as np
+        import pandas as pd
 
-        self._frame, self._array = pandas.DataFrame, numpy.array
-        self._dtypes = {"double": numpy.float64, "long": numpy.int64, "boolean": numpy.bool_}
+        self._frame, self._array = pd.DataFrame, np.array
+        self._dtypes = {"double": np.float64, "long": np.int64, "boolean": np.bool_}
         named = schema is not None and schema.has_input_names() and not schema.is_tensor_spec()
         kinds = [(spec.name, getattr(spec.type, "name", "")) for spec in schema.inputs] if named else []
         known = {*self._dtypes, "string"}
         self._columns = kinds if kinds and all(kind in known for _, kind in kinds) else None
 
     def __call__(self, body: bytes) -> Any:
+        """The DataFrame that this request body becomes, or None where MLflow has to say."""
         if self._columns is None:
             return None
         try:
@@ -133,8 +135,9 @@ class Predictor:
         # As MLflow's own server sets it: models look at it.
         os.environ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT"] = "true"
         self._model = load_model(str(path))
-        self._predict = guarded(self._model._predict_fn, str(Path(mlflow.__file__).parent))
-        self._model._predict_fn = self._predict
+        # The one place where "the input was refused" and "the model failed" can be told apart.
+        self._predict = guarded(self._model._predict_fn, str(Path(mlflow.__file__).parent))  # noqa: SLF001
+        self._model._predict_fn = self._predict  # noqa: SLF001
         self._schema = self._model.metadata.get_input_schema()
         self._invocations, self._jsonable = scoring_server.invocations, _get_jsonable_obj
         self._dumps = functools.partial(json.dumps, cls=NumpyEncoder)
@@ -175,25 +178,25 @@ class Predictor:
                 return answer.status, JSON, problem("BAD_REQUEST", answer.response)
             raw = self._call(frame)
             return 200, JSON, self._dumps({"predictions": self._jsonable(raw, "records")}).encode()
-        except ModelFailed as error:
-            traceback.print_exc()
-            return 500, JSON, problem("INTERNAL_ERROR", f"the model failed: {error}")
-        except Exception as error:
-            # MLflow's own errors know their status (4xx: the caller's mistake).
-            status = getattr(error, "get_http_status_code", lambda: 500)()
-            if hasattr(error, "serialize_as_json"):
-                return status, JSON, error.serialize_as_json().encode()
-            traceback.print_exc()
-            return 500, JSON, problem("INTERNAL_ERROR", f"{type(error).__name__}: {error}")
-        except BaseException as error:  # a model that calls sys.exit() fails; it does not take us along
-            traceback.print_exc()
-            return 500, JSON, problem("INTERNAL_ERROR", f"the model failed: {type(error).__name__}")
+        except BaseException as error:  # noqa: BLE001 - a model that calls sys.exit() does not take us along
+            return failure(error)
 
     def _call(self, frame: Any) -> Any:
         from mlflow.pyfunc.context import Context, set_prediction_context
 
         with set_prediction_context(Context(model_id=getattr(self._model, "model_id", None))):
             return self._predict(frame)
+
+
+def failure(error: BaseException) -> Reply:
+    """The reply to a request that went wrong. MLflow's own errors know whose mistake it was (4xx: the
+    caller's); anything else is the model's or ours.
+    """
+    if isinstance(error, Exception) and hasattr(error, "serialize_as_json"):
+        return error.get_http_status_code(), JSON, error.serialize_as_json().encode()  # type: ignore[attr-defined]
+    traceback.print_exception(error)
+    what = error if isinstance(error, ModelFailed) else f"{type(error).__name__}: {error}"
+    return 500, JSON, problem("INTERNAL_ERROR", f"the model failed: {what}")
 
 
 def _no_frame(_body: bytes) -> None:
@@ -239,6 +242,7 @@ class Ring:
         self._count, self._size, self._held, self._next = count, size, 0, 0
 
     def add(self, **fields: Any) -> None:
+        """Keep one answer (the fields of `Kept` but its number); the oldest go where there is no room."""
         kept = Kept(number=self._next, **fields)
         self._next += 1
         self._kept.append(kept)
@@ -248,6 +252,7 @@ class Ring:
             self._held -= len(gone.request) + len(gone.response)
 
     def after(self, number: int, limit: int) -> Iterator[Kept]:
+        """At most `limit` of the answers with a higher number, oldest first."""
         # Numbers have no gaps inside the ring: the place of the first one wanted is known.
         first = self._kept[0].number if self._kept else 0
         start = max(0, number + 1 - first)
@@ -266,6 +271,7 @@ class Server:
         self._room = options.concurrency + options.queue
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request."""
         # The raw path: a gateway that guards /titleshot/ does not decode %74itleshot, and neither do we.
         path, method = scope["raw_path"].partition(b"?")[0].decode("latin-1"), scope["method"]
         if path == "/invocations":
@@ -421,7 +427,7 @@ def main() -> int:
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     options = parse()
     if wrong := verify(options):
-        print(f"{options.model} {options.version} is not what was admitted: {wrong}", file=sys.stderr)
+        print(f"{options.model} {options.version} is not what was admitted: {wrong}", file=sys.stderr)  # noqa: T201
         return WRONG_DIGEST
     import uvicorn
 
@@ -444,9 +450,9 @@ def main() -> int:
     def load() -> None:
         try:
             app.load()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever a model raises, it is not served
             traceback.print_exc()
-            print(f"{options.model} {options.version} cannot be served: see above", file=sys.stderr)
+            print(f"{options.model} {options.version} cannot be served: see above", file=sys.stderr)  # noqa: T201
             failed.set()
             server.should_exit = True
 

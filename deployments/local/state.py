@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deployments.target import Fence, LeaseHeld, StaleFence, TargetUnavailable, Traffic
+from deployments.target import Fence, LeaseHeld, StaleFence, TargetError, TargetUnavailable, Traffic
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS lease (
@@ -30,7 +30,8 @@ INSERT INTO config SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM config);
 @dataclass(frozen=True, slots=True)
 class Deployed:
     """One version's server as recorded. `python` is the interpreter that runs it; `ready` says that it was,
-    once: clusters are made of those."""
+    once: clusters are made of those.
+    """
 
     model: str
     version: str
@@ -70,6 +71,8 @@ class State:
                     db.execute("ROLLBACK")
                     raise
                 db.execute("COMMIT")
+        except sqlite3.IntegrityError as error:
+            raise TargetError(f"the state database {self._path} refuses a second use: {error}") from error
         except sqlite3.OperationalError as error:
             raise TargetUnavailable(f"the state database {self._path}: {error}") from error
 
@@ -79,9 +82,7 @@ class State:
         """Take or renew the lease. Raises `LeaseHeld`."""
         with self._transaction() as db:
             now = self._clock()
-            row = db.execute(
-                "SELECT holder, number, since, expires FROM lease WHERE model=?", (model,)
-            ).fetchone()
+            row = db.execute("SELECT holder, number, since, expires FROM lease WHERE model=?", (model,)).fetchone()
             if row is not None and row[0] is not None and row[0] != holder and now < row[3]:
                 when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row[2]))
                 raise LeaseHeld(f"{model} is held by {row[0]} since {when}")
@@ -113,9 +114,7 @@ class State:
             row = db.execute("SELECT holder, number FROM lease WHERE model=?", (model,)).fetchone()
             if row is None or row != (fence.holder, fence.number):
                 holder = row[0] if row and row[0] else "nobody"
-                raise StaleFence(
-                    f"{fence.holder} holds fence {fence.number} of {model}; now it is {holder}'s"
-                )
+                raise StaleFence(f"{fence.holder} holds fence {fence.number} of {model}; now it is {holder}'s")
             db.execute("UPDATE lease SET expires=? WHERE model=?", (self._clock() + self._ttl, model))
             yield
 
@@ -136,10 +135,15 @@ class State:
         return [Deployed(*row) for row in rows]
 
     def save(self, endpoint: Deployed) -> None:
-        """Record an endpoint."""
+        """Record an endpoint. Raises `TargetError` where its port is another one's."""
         values = tuple(asdict(endpoint).values())
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO endpoint VALUES (?,?,?,?,?,?,?)", values)
+            db.execute(
+                "INSERT INTO endpoint VALUES (?,?,?,?,?,?,?) ON CONFLICT (model, version) DO UPDATE SET "
+                "port=excluded.port, path=excluded.path, digest=excluded.digest, python=excluded.python, "
+                "ready=excluded.ready",
+                values,
+            )
 
     def forget(self, model: str, version: str) -> None:
         """Forget an endpoint."""
@@ -152,9 +156,9 @@ class State:
             return dict(db.execute("SELECT model, port FROM gateway ORDER BY model").fetchall())
 
     def save_gateway(self, model: str, port: int) -> None:
-        """Record a gateway port."""
+        """Record a gateway port: once, for ever."""
         with self._transaction() as db:
-            db.execute("INSERT OR REPLACE INTO gateway VALUES (?,?)", (model, port))
+            db.execute("INSERT INTO gateway VALUES (?,?)", (model, port))
 
     def ports(self) -> frozenset[int]:
         """All ports that are spoken for."""

@@ -1,5 +1,6 @@
 """Programs that outlive us, kept running by supervisord (PyPI `supervisor`): gateway, model servers, and
-whatever else the stack needs. Only what was started here is ever stopped."""
+whatever else the stack needs. Only what was started here is ever stopped.
+"""
 
 import contextlib
 import os
@@ -29,7 +30,8 @@ _RUNNING = frozenset({"RUNNING", "STARTING", "BACKOFF", "STOPPING"})
 @dataclass(frozen=True, slots=True)
 class Program:
     """One program to keep running. `environment` is added to that of supervisord; `stop_seconds` is how long
-    it may take to end after SIGTERM."""
+    it may take to end after SIGTERM.
+    """
 
     name: str
     command: Sequence[str]
@@ -99,9 +101,7 @@ class Supervisor:
             # It forks twice and lets go of our terminal and session; what is wrong with its configuration it
             # says before that.
             command = [sys.executable, "-m", "supervisor.supervisord", "-c", str(self._config)]
-            done = subprocess.run(
-                command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-            )
+            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
             if done.returncode:
                 raise TargetError(f"supervisord does not start: {done.stderr.strip() or done.stdout.strip()}")
             wait_for(self.up, timeout, f"supervisord does not answer at {self._socket}")
@@ -118,7 +118,8 @@ class Supervisor:
 
     def add(self, program: Program) -> None:
         """Run `program` from now on, across restarts of supervisord as well. Where one of this name runs as
-        described, nothing happens; otherwise it is replaced."""
+        described, nothing happens; otherwise it is replaced.
+        """
         path = self._conf_d / f"{program.name}.conf"
         same = path.exists() and path.read_text() == self._program_config(program)
         if same and self.status().get(program.name, _NONE).state in _RUNNING:
@@ -153,8 +154,7 @@ class Supervisor:
         with self._rpc() as rpc:
             found = rpc.getAllProcessInfo()
         return {
-            entry["name"]: Status(entry["name"], entry["statename"], entry["pid"], entry["spawnerr"])
-            for entry in found
+            entry["name"]: Status(entry["name"], entry["statename"], entry["pid"], entry["spawnerr"]) for entry in found
         }
 
     @contextlib.contextmanager
@@ -190,9 +190,7 @@ files={_escape(self._conf_d)}/*.conf
 
     def _program_config(self, program: Program) -> str:
         command = _escape(shlex.join(program.command))
-        environment = ",".join(
-            f"{name}={_quote(value)}" for name, value in sorted(program.environment.items())
-        )
+        environment = ",".join(f"{name}={_quote(value)}" for name, value in sorted(program.environment.items()))
         return f"""\
 [program:{program.name}]
 command={command}

@@ -80,7 +80,8 @@ class LocalTarget:
 
     def start(self, timeout: float = 180.0) -> None:
         """Bring up supervisord, the gateway and every version that was deployed; return when all of them are
-        healthy. Raises `TargetError` where a recorded port belongs to another program by now."""
+        healthy. Raises `TargetError` where a recorded port belongs to another program by now.
+        """
         if not self.supervisor.up():
             with self._locked():
                 self._end_orphans()
@@ -125,7 +126,8 @@ class LocalTarget:
 
     def _restore(self) -> None:
         """Write what is recorded into the files of a gateway and a supervisord that are not running: they may
-        be gone, or of an older make."""
+        be gone, or of an older make.
+        """
         limits, state = self.options.limits, self._state
         for one in state.endpoints():
             self.supervisor.prepare(self._program(one))
@@ -153,14 +155,15 @@ class LocalTarget:
 
     def deploy(self, version: Version, fence: Fence) -> Endpoint:
         """Start the version's server and wait until it is warm, healthy in the gateway and reachable at
-        its own path. The lease is renewed while it takes. Raises `NeverReady` with the server's last lines."""
+        its own path. The lease is renewed while it takes. Raises `NeverReady` with the server's last lines.
+        """
         _refuse_name("model", version.model)
         _refuse_name("version", version.number)
         self._state.check(version.model, fence)
         self._refuse_artifact(version)
         known = self._recorded(version)
         if known is None:
-            python = self._python(version)
+            python = self._python(version, fence)
             with self._locked():
                 self._state.check(version.model, fence)
                 known = self._record(version, python)
@@ -204,12 +207,14 @@ class LocalTarget:
 
     def observe(self, model: str) -> Mapping[str, Served]:
         """Attempts per version since the gateway started: "3" live, "3-shadow" mirrored, "3-pinned" on the
-        version's own path, "" shed by the gateway. Latencies lag behind the counts by up to a second."""
+        version's own path, "" shed by the gateway. Latencies lag behind the counts by up to a second.
+        """
         return envoy.served(model, self._gateway.samples())
 
     def answers(self, model: str, version: str, after: int = -1) -> Iterator[Answer]:
         """The answers that the version's server still holds, from `after` on, oldest first. Numbers begin
-        anew when the server restarts."""
+        anew when the server restarts.
+        """
         endpoint = self._deployed(model, version)
         with httpx.Client(base_url=_direct(endpoint), timeout=30, trust_env=False) as client:
             while True:
@@ -226,7 +231,8 @@ class LocalTarget:
 
     def retire(self, model: str, version: str, fence: Fence) -> None:
         """Take the version's path away, wait until its requests have ended, then stop its server. Raises
-        `TargetError` while it has traffic."""
+        `TargetError` while it has traffic.
+        """
         self._state.check(model, fence)
         known = next((one for one in self._state.endpoints(model) if one.version == version), None)
         if known is None:
@@ -343,18 +349,29 @@ class LocalTarget:
             raise TargetUnavailable(f"port {known.port} is answered by another program: {who}")
         return dict(page)
 
-    def _python(self, version: Version) -> str:
+    def _python(self, version: Version, fence: Fence) -> str:
         if version.env_manager == "local":
             return sys.executable
         command = [sys.executable, str(_HERE / "environment.py"), str(version.path), version.env_manager]
-        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, **quiet}
-        )
-        if done.returncode:
-            tail = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
+        # `uv` may be installed beside our Python only.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "PATH": path}
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+            while True:
+                try:
+                    out, log = process.communicate(timeout=self.options.lease_ttl / 4)
+                    break
+                except subprocess.TimeoutExpired:
+                    try:
+                        self._state.check(version.model, fence)
+                    except TargetError:
+                        process.kill()
+                        raise
+        if process.returncode or not out.strip():
+            tail = "\n".join(log.splitlines()[-20:])
             raise NeverReady(f"{version.model} {version.number}: its environment cannot be made", tail)
-        return done.stdout.strip().splitlines()[-1]
+        return out.strip().splitlines()[-1]
 
     def _admit(self, known: Deployed, fence: Fence) -> None:
         """Clusters first, then the routes to them."""
@@ -389,9 +406,7 @@ class LocalTarget:
         self._gateway.write("rds", model, number, [self._routes(model, number, None)])
         others = self._state.gateways()
         listeners = [self._listener(name, at) for name, at in {**others, model: port}.items()]
-        self._gateway.publish(
-            "lds", "", self._state.next_number(), listeners, self._state.fenced(model, fence)
-        )
+        self._gateway.publish("lds", "", self._state.next_number(), listeners, self._state.fenced(model, fence))
         self._await_answers(port, number)
         self._state.save_gateway(model, port)
 
@@ -406,9 +421,7 @@ class LocalTarget:
         guard = self._state.fenced(model, fence)
         self._gateway.publish("cds", "", self._state.next_number(), resources, guard)
 
-    def _publish_routes(
-        self, model: str, traffic: Traffic | None, fence: Fence, without: str | None = None
-    ) -> int:
+    def _publish_routes(self, model: str, traffic: Traffic | None, fence: Fence, without: str | None = None) -> int:
         number = self._state.next_number()
         route = self._routes(model, number, traffic, without)
         limits = self.options.limits
@@ -418,9 +431,7 @@ class LocalTarget:
         self._await_answers(self._state.gateways()[model], number)
         return number
 
-    def _routes(
-        self, model: str, number: int, traffic: Traffic | None, without: str | None = None
-    ) -> envoy.Json:
+    def _routes(self, model: str, number: int, traffic: Traffic | None, without: str | None = None) -> envoy.Json:
         versions = [one.version for one in self._backends(model) if one.version != without]
         return envoy.routes(model, number, versions, traffic, self.options.limits)
 
@@ -434,9 +445,7 @@ class LocalTarget:
         def obeyed() -> bool:
             return all(self._gateway.answering(port) == number for _ in range(probes))
 
-        wait_for(
-            obeyed, self.options.health_timeout, f"port {port} is not answered by number {number}", every=0.01
-        )
+        wait_for(obeyed, self.options.health_timeout, f"port {port} is not answered by number {number}", every=0.01)
 
     def _backends(self, model: str) -> list[envoy.Backend]:
         return [_backend(one) for one in self._state.endpoints(model) if one.ready]
@@ -481,9 +490,7 @@ class LocalTarget:
             with FileLock(self.supervisor.run / "gateway.lock", timeout=60):
                 yield
         except Timeout as error:
-            raise TargetUnavailable(
-                f"somebody else has been changing the gateway for 60 s: {error}"
-            ) from error
+            raise TargetUnavailable(f"somebody else has been changing the gateway for 60 s: {error}") from error
 
     def _deployed(self, model: str, version: str) -> Deployed:
         for one in self._state.endpoints(model):

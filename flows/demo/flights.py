@@ -1,6 +1,6 @@
 """The demo's data: the flights that left New York in 2013, and what is known of each before it departs.
 
-The year is cut so that no row serves twice:
+The year is cut so that no row both trains a model and tests one:
 
 * January to May         what the champion was trained on
 * January to September   what the challengers are trained on, without the held-out days
@@ -75,10 +75,14 @@ def live_requests(n: int, seed: int) -> list[dict[str, Any]]:
     ValueError for more than there are (about 82,000).
     """
     flights = _flights()
-    rows = flights.loc[flights["month"].isin(list(LIVE_MONTHS)), list(FEATURES)].sample(n, random_state=seed)
+    return requests(flights[flights["month"].isin(list(LIVE_MONTHS))].sample(n, random_state=seed))
+
+
+def requests(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as request bodies, one each, of FEATURES alone (see `live_requests`)."""
     return [
         {"dataframe_split": {"columns": list(FEATURES), "data": [[None if pd.isna(v) else v for v in row]]}}
-        for row in rows.to_numpy(dtype=object).tolist()
+        for row in rows[list(FEATURES)].to_numpy(dtype=object).tolist()
     ]
 
 

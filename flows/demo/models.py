@@ -296,6 +296,7 @@ def register(fitted: Fitted, model_name: str, tracking_uri: str, say: Callable[[
         run_id=run.info.run_id,
         model_id=logged.model_id,
         description=recipe.made,
+        await_creation_for=0,  # this store makes it at once; waiting only logs a line
     )
     say(f"{recipe.name}: registered as version {made.version} of {model_name}")
     return str(made.version)
@@ -307,9 +308,7 @@ def _signature(example: pd.DataFrame) -> Any:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 
-    kinds = {
-        name: DataType.string if name in flights.CATEGORICAL else DataType.double for name in example.columns
-    }
+    kinds = {name: DataType.string if name in flights.CATEGORICAL else DataType.double for name in example.columns}
     return ModelSignature(
         inputs=Schema([ColSpec(kind, name) for name, kind in kinds.items()]),
         outputs=Schema([TensorSpec(np.dtype("float64"), (-1, 2))]),

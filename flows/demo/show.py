@@ -153,6 +153,9 @@ def _files(folder: Path, model: str) -> dict[str, Path]:
     for name, content in written.items():
         (folder / f"{name}.yaml").write_text(content)
     flights.holdout().to_parquet(folder / "holdout.parquet", index=False)
-    requests = flights.live_requests(4000, seed=2013)
-    (folder / "requests.jsonl").write_text("".join(json.dumps(body) + "\n" for body in requests))
+    for file, bodies in (
+        ("requests", flights.live_requests(4000, seed=2013)),
+        ("offline", flights.requests(flights.holdout(rows=500))),
+    ):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(body) + "\n" for body in bodies))
     return {name: folder / f"{name}.yaml" for name in written}

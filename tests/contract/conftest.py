@@ -24,7 +24,7 @@ from deployments.target import Fence, LeaseHeld, ServingTarget, TargetError, Tra
 from tests.fakes import Behaviour, FakeTarget
 
 MODEL = "flights"
-CODE = '''
+CODE = """
 import pathlib, time
 
 def _load_pyfunc(path):
@@ -45,8 +45,8 @@ class Model:
                 time.sleep(-x)
             answers.append(2 * x)
         return answers
-'''
-MLMODEL = '''\
+"""
+MLMODEL = """\
 flavors:
   python_function:
     code: code
@@ -55,7 +55,7 @@ signature:
   inputs: '[{{"type": "double", "name": "x", "required": true}}]'
   outputs: '[{{"type": "double", "required": true}}]'
   params: null
-'''
+"""
 GOOD, FLAWED, BROKEN = "good", "flawed", "broken"
 KINDS = {"1": GOOD, "2": GOOD, "3": FLAWED}
 """The versions that are deployed throughout. Kinds: `good` answers 2x and sleeps -x seconds for a negative x;

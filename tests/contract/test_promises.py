@@ -65,8 +65,7 @@ def test_answers_pair_by_request_id(world: World, fence: Fence) -> None:
     """The champion's answer and the challenger's to its copy are found under the request's own id."""
     world.target.route(Traffic(MODEL, "1", "2", mirror=10_000), fence)
     after = {
-        version: max((one.number for one in world.target.answers(MODEL, version)), default=-1)
-        for version in ("1", "2")
+        version: max((one.number for one in world.target.answers(MODEL, version)), default=-1) for version in ("1", "2")
     }
     world.send(30, x=4.0, ids=lambda number: f"pair-{number}")
 

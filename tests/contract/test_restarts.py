@@ -12,7 +12,7 @@ import pytest
 from deployments.local import envoy
 from deployments.local.supervisor import Supervisor, wait_for
 from deployments.local.target import LocalTarget
-from deployments.target import TargetError, Traffic
+from deployments.target import NeverReady, TargetError, Traffic, Version
 from tests.contract.conftest import MODEL, LocalWorld, Reply
 
 
@@ -93,5 +93,15 @@ def test_a_killed_gateway_comes_back_with_its_traffic(real: LocalWorld) -> None:
 
 def test_a_home_that_is_too_long_for_a_socket_is_refused(tmp_path: Path) -> None:
     """The error names TITLESHOT_HOME and what to do."""
-    with pytest.raises(TargetError, match="TITLESHOT_HOME.*shorter"):
+    with pytest.raises(TargetError, match=r"TITLESHOT_HOME.*shorter"):
         Supervisor(tmp_path / ("x" * 100))
+
+
+def test_an_environment_that_cannot_be_made_is_never_ready(real: LocalWorld) -> None:
+    """Where MLflow cannot prepare a version's own environment its words are in the error, and nothing is left."""
+    fence, good = real.target.lease(MODEL, "me"), real.version("7")
+    with pytest.raises(NeverReady, match="environment") as failure:
+        real.target.deploy(Version(MODEL, "7", good.path, good.digest, env_manager="nonsense"), fence)
+    assert "nonsense" in failure.value.log
+    assert "7" not in real.target.deployed(MODEL)
+    real.target.release(fence)
