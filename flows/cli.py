@@ -31,7 +31,7 @@ app = App(
     help="A challenger model takes the champion's place in production, with no failed request on the way "
     "and the way back always open.",
     help_epilogue="Exit codes: 0 promoted or fine, 3 the challenger was rejected or rolled back, 1 an error, "
-    "2 wrong use.\n\nState lives in TITLESHOT_HOME (default .titleshot/).",
+    "2 wrong use, 130 interrupted.\n\nState lives in TITLESHOT_HOME (default .titleshot/).",
     help_format="plaintext",
     version_flags=["--version"],
 )
@@ -217,7 +217,7 @@ def show(promotion: str, /, *, open_: Annotated[bool, Parameter(name="--open", n
     entry = record.entry(promotion)
     page = record.fetch(entry, "report/report.html", settings.home / "promotions" / entry.id)
     out.print(str(page))
-    out.print(f"{settings.mlflow}/#/experiments/runs/{entry.run_id}".replace("experiments/", ""))
+    out.print(f"{settings.mlflow}/#/runs/{entry.run_id}")
     if open_:
         import webbrowser
 

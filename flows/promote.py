@@ -11,6 +11,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
+from prefect.runtime import flow_run
 
 from deployments.target import Fence, ServingTarget, TargetError, Traffic
 from tasks import history, load, registry, report, serving, validate
@@ -24,11 +25,17 @@ from validations.promotion import Promotion, drive
 from validations.verdict import Evidence, Measurement, Outcome, Verdict, judge
 
 
-@flow(name="promote", flow_run_name="promote {model}", persist_result=False, retries=0)
+def _run_name() -> str:
+    asked = flow_run.parameters
+    version = asked.get("version")
+    return f"promote {asked['model']}" + (f" v{version}" if version else "")
+
+
+@flow(name="promote", flow_run_name=_run_name, persist_result=False, retries=0)
 def promote(
     model: str,
     policy: str,
-    version: str | None = None,
+    version: int | str | None = None,
     again: bool = False,  # noqa: FBT001, FBT002 - a form's field
 ) -> dict[str, Any]:
     """Take a challenger of `model` through the gates of a policy, to the champion's place or back.
@@ -41,12 +48,13 @@ def promote(
     """
     logger = get_run_logger()
     with listening(logger.info):
-        return run(model, Path(policy), version, again=again)
+        return run(model, Path(policy), None if version is None else str(version), again=again)
 
 
 def run(model: str, policy_file: Path, version: str | None, *, again: bool) -> dict[str, Any]:
     """One promotion, inside a flow run. Returns the summary that `outcome` describes."""
     settings = load_settings()
+    settings.connect()
     text, policy = _policy(policy_file, model)
     target = settings_target(settings)
     champion_number = registry.aliased(model, registry.CHAMPION)
@@ -83,19 +91,18 @@ def _promote(context: Context, policy: Policy, identifier: str, text: str) -> di
         digest=context.challenger.digest,
         policy=policy,
     )
-    run_id = history.begin(promotion, text, flow_run_tags())
+    run_id, chain = history.begin(promotion, text, flow_run_tags())
     registry.set_alias(model, registry.CHALLENGER, number)
     registry.tag(model, number, phase=promotion.phase.value, promotion=identifier, verdict="")
     say(f"{identifier}: {context.challenger.registered.name} asks for the place of {_title(context)}")
-    chain = ""
 
     def save(now: Promotion) -> None:
         nonlocal chain
         verdict = now.verdicts[-1]
         say(f"{verdict.step}: {verdict.outcome.value} - {verdict.why}")
         chain = history.record(run_id, now, chain)
-        decided = now.decided_by
-        registry.tag(model, number, phase=now.phase.value, verdict=decided.why if decided else "")
+        decided = now.decided_by or verdict
+        registry.tag(model, number, phase=now.phase.value, outcome=decided.outcome.value, verdict=decided.why)
 
     def act(now: Promotion, step: Step) -> Verdict:
         return perform(context, now, step, run_id)
@@ -106,12 +113,13 @@ def _promote(context: Context, policy: Policy, identifier: str, text: str) -> di
         # A bug, or someone ended this process: what can be done in a moment is to give all traffic back.
         _give_back(context)
         history.finish(run_id, failed=True)
+        registry.tag(model, number, phase="interrupted", outcome="", verdict="")
         raise
     _tidy(context, promotion)
-    page = report.write(
-        promotion, context.folder, registry.links(context.challenger.registered, context.settings.mlflow)
-    )
+    links = registry.links(context.challenger.registered, context.settings.mlflow)
+    page = report.write(promotion, context.folder, links)
     history.keep(run_id, page, "report")
+    history.describe(run_id, f"{report.markdown(promotion)}\n\n[The version]({links['version']})")
     history.finish(run_id)
     create_markdown_artifact(
         key=f"verdicts-{model}".lower().replace("_", "-").replace(".", "-"),
@@ -288,7 +296,7 @@ def _settle(context: Context) -> None:
     if traffic.champion != wanted.champion:
         raise Mistake(
             f"the gateway serves {context.model} v{traffic.champion} and the alias champion names v{wanted.champion}: "
-            "set the alias to what serves, or take the traffic there with `titleshot rollback`"
+            "set the alias, in the MLflow UI, to the version that serves"
         )
     if traffic != wanted:
         context.target.route(wanted, context.fence)

@@ -7,9 +7,10 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
+from deployments.target import TargetError
 from flows.promote import admit, flow_run_tags, leased
 from tasks import history, registry, serving
-from tasks.context import Context
+from tasks.context import Context, Seen
 from tasks.progress import listening, say
 from tasks.settings import Mistake
 from tasks.settings import load as load_settings
@@ -33,6 +34,7 @@ def rollback(model: str, reason: str = "by hand") -> dict[str, Any]:
 def run(model: str, reason: str) -> dict[str, Any]:
     """One rollback, inside a flow run."""
     settings = load_settings()
+    settings.connect()
     registry.versions(model)
     champion, previous = (registry.aliased(model, alias) for alias in (registry.CHAMPION, registry.PREVIOUS))
     if champion is None or previous is None:
@@ -53,12 +55,17 @@ def run(model: str, reason: str) -> dict[str, Any]:
             previous=previous,
         )
         say(f"{identifier}: v{previous} takes the place of v{champion} again ({reason})")
-        seen = serving.swap_back(context)
+        try:
+            seen = serving.swap_back(context)
+        except TargetError as error:
+            seen = Seen({}, str(error))
         verdict = judge(ROLLBACK.name, ACTIONS["rollback"], seen.evidence())
     passed = verdict.outcome is Outcome.PASSED
     phase = "rolled back" if passed else "degraded"
-    registry.tag(model, champion, phase="rolled back", verdict=reason)
-    registry.tag(model, previous, phase="promoted", promotion=identifier, verdict=f"rollback of v{champion}: {reason}")
+    if passed:
+        registry.tag(model, champion, phase=phase, outcome=registry.BLAMED, verdict=reason)
+        story = f"rollback of v{champion}: {reason}"
+        registry.tag(model, previous, phase="promoted", outcome="", promotion=identifier, verdict=story)
     tags = {"kind": "rollback", "champion": champion, "challenger": previous, "step": ROLLBACK.name}
     run_id = history.open_run(model, identifier, {**tags, "phase": phase, "why": reason, **flow_run_tags()})
     history.log_verdict(run_id, verdict, 1, "")

@@ -173,9 +173,7 @@ class LiveTraffic:
         _kill(self.process)
 
 
-def run(
-    profile: Profile, targets: Mapping[str, str], payloads: Path, *, folder: Path | None = None
-) -> Result:
+def run(profile: Profile, targets: Mapping[str, str], payloads: Path, *, folder: Path | None = None) -> Result:
     """Put every target (name -> URL to POST to) under `profile`, all of them side by side.
 
     `payloads` has one JSON body a line; every target gets the same ones in the same order. `folder` keeps the

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from tasks.settings import Mistake, Settings, writable
-from tasks.stack import free_gigabytes
-
-LONGEST_HOME = 80
-"""Characters: the sockets under the home must stay within the 107 that a socket's path may have."""
+from tasks.stack import free_gigabytes, settings_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +86,8 @@ def _libc() -> Finding:
 
 
 def _home(settings: Settings) -> Finding:
-    length = len(str(settings.home))
-    if length > LONGEST_HOME:
-        return Finding(
-            "home",
-            fine=False,
-            found=f"{settings.home} has {length} characters, too many for sockets",
-            mend=f"name a directory of at most {LONGEST_HOME} characters in TITLESHOT_HOME",
-        )
     try:
+        settings_target(settings)
         writable(settings.home)
     except Mistake as mistake:
         return Finding("home", fine=False, found=str(settings.home), mend=str(mistake))
@@ -112,7 +102,10 @@ def _disk(settings: Settings) -> Finding:
 def _servers(settings: Settings) -> Finding:
     from tasks.status import status
 
-    found = status(settings)
+    try:
+        found = status(settings)
+    except Mistake as mistake:
+        return Finding("stack", fine=False, found="cannot be looked at", mend=str(mistake))
     if not found["up"]:
         return Finding("stack", fine=True, found="not up")
     bad = [p["name"] for p in found["programs"] if p["state"] != "RUNNING"]
@@ -124,6 +117,6 @@ def _servers(settings: Settings) -> Finding:
             "stack",
             fine=False,
             found=f"traffic and alias disagree: {', '.join(lost)}",
-            mend="set the alias to what serves, or `titleshot rollback`",
+            mend="set the alias champion, in the MLflow UI, to the version that serves",
         )
     return Finding("stack", fine=True, found=f"{len(found['programs'])} programs run")

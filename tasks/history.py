@@ -1,7 +1,8 @@
 """The record of every promotion: one MLflow run each, in the experiment `promotions/<model>`.
 
-`promotion.json` and `policy.yaml` are written when it begins; each verdict is one file, never written
-twice, with the digest of the file before it, so that a verdict changed later is noticed.
+`promotion.json` (which holds the policy) and `policy.yaml` (as it was written) come first; each verdict is one
+file, never written twice, with the digest of the file before it, and the run's tag has the last one's: a
+verdict changed later is noticed.
 """
 
 import hashlib
@@ -46,8 +47,8 @@ def sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def begin(promotion: Promotion, policy_text: str, tags: dict[str, str]) -> str:
-    """Open the run of a promotion. Returns its run id."""
+def begin(promotion: Promotion, policy_text: str, tags: dict[str, str]) -> tuple[str, str]:
+    """Open the run of a promotion. Returns its run id, and the digest that the first verdict follows."""
     run_id = open_run(
         promotion.policy.model,
         promotion.id,
@@ -63,7 +64,7 @@ def begin(promotion: Promotion, policy_text: str, tags: dict[str, str]) -> str:
     head = dumps(json.loads(promotion.model_copy(update={"verdicts": ()}).model_dump_json()))
     client().log_text(run_id, head, "promotion.json")
     client().log_text(run_id, policy_text, "policy.yaml")
-    return run_id
+    return run_id, sha256(head.encode())
 
 
 def open_run(model: str, name: str, tags: dict[str, str]) -> str:
@@ -75,11 +76,12 @@ def open_run(model: str, name: str, tags: dict[str, str]) -> str:
 
 
 def record(run_id: str, promotion: Promotion, before: str) -> str:
-    """Write the promotion's last verdict behind the file whose digest is `before` ("" for the first).
+    """Write the promotion's last verdict behind the file whose digest is `before`.
 
     Returns the digest of what was written. Measurements become metrics, phase and reason become tags.
     """
     digest = log_verdict(run_id, promotion.verdicts[-1], len(promotion.verdicts), before)
+    client().set_tag(run_id, TAG + "chain", digest)
     label(run_id, promotion)
     return digest
 
@@ -119,6 +121,11 @@ def keep(run_id: str, path: Path, folder: str = "evidence") -> Artifact:
     """Store a file of a step's evidence with the run."""
     client().log_artifact(run_id, str(path), folder)
     return Artifact(name=path.name, uri=f"{folder}/{path.name}", sha256=sha256(path.read_bytes()))
+
+
+def describe(run_id: str, markdown: str) -> None:
+    """Set the run's description, as the MLflow UI shows it."""
+    client().set_tag(run_id, "mlflow.note.content", markdown[:4900])
 
 
 def finish(run_id: str, *, failed: bool = False) -> None:
@@ -168,15 +175,17 @@ def stored(run_id: str) -> Promotion:
     import mlflow.artifacts
 
     root = f"runs:/{run_id}"
-    head = json.loads(mlflow.artifacts.load_text(f"{root}/promotion.json"))
-    verdicts, before = [], ""
+    head = mlflow.artifacts.load_text(f"{root}/promotion.json")
+    verdicts, before = [], sha256(head.encode())
     for path, text in _verdict_files(run_id):
         data = json.loads(text)
         if data["before"] != before:
             raise Tampered(f"{path} of run {run_id} does not follow the verdict before it: one of them was changed")
         verdicts.append(Verdict.model_validate(data["verdict"]))
         before = sha256(text.encode())
-    return Promotion.model_validate({**head, "verdicts": verdicts})
+    if verdicts and client().get_run(run_id).data.tags.get(TAG + "chain") != before:
+        raise Tampered(f"the last verdict of run {run_id} is not the one that was recorded: it was changed or removed")
+    return Promotion.model_validate({**json.loads(head), "verdicts": verdicts})
 
 
 def _verdict_files(run_id: str) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,8 @@ STAGE = {CHAMPION: "Production", CHALLENGER: "Staging", PREVIOUS: "Archived"}
 TAG = "titleshot."
 """Our tags on versions: phase, promotion, verdict, digest."""
 REFUSED = ("rejected", "rolled back")
+BLAMED = "failed"
+"""The outcome that blames the version itself: a platform's error or a thin sample does not quarantine it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,8 @@ def quarantined(model: str, digest: str) -> str | None:
     """Why an artifact of this digest was refused before, under whatever version number; None if it was not."""
     for version in client().search_model_versions(f"name = '{model}'"):
         tags = version.tags
-        if tags.get(TAG + "digest") == digest and tags.get(TAG + "phase") in REFUSED:
+        blamed = tags.get(TAG + "phase") in REFUSED and tags.get(TAG + "outcome") == BLAMED
+        if tags.get(TAG + "digest") == digest and blamed:
             verdict = tags.get(TAG + "verdict", "no verdict was kept")
             return f"v{version.version} was {tags[TAG + 'phase']} in {tags.get(TAG + 'promotion')}: {verdict}"
     return None

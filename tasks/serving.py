@@ -8,7 +8,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deployments.target import NeverReady, Served, TargetError, Traffic
+from deployments.target import NeverReady, Served, TargetError, TargetUnavailable, Traffic
 from tasks import registry
 from tasks.context import Context, Decided, Seen
 from tasks.progress import say
@@ -23,11 +23,18 @@ from validations.statistics import (
 )
 from validations.verdict import Measurement
 
+
+def unavailable(_task: Any, _task_run: Any, state: Any) -> bool:
+    """Whether a step ended because the target was not there for a moment: the verbs may be repeated."""
+    return isinstance(state.result(raise_on_failure=False), TargetUnavailable)
+
+
+REPEATED: dict[str, Any] = {"retries": 3, "retry_delay_seconds": 1, "retry_condition_fn": unavailable}
 POLL = 0.5
 """Seconds between two looks at the counters; the gateway flushes them once a second."""
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, **REPEATED)
 def deploy(context: Context) -> Seen:
     """Serve the challenger beside the champion, ready and warm, without traffic."""
     started = time.monotonic()
@@ -142,7 +149,7 @@ def watch(context: Context, gate: Watch, failed: Decided) -> Seen:
     return Seen(measured, note)
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, **REPEATED)
 def promote(context: Context) -> Seen:
     """Cut over: all traffic to the challenger, then the aliases and stages; the old champion stays warm.
 
@@ -151,7 +158,7 @@ def promote(context: Context) -> Seen:
     old = context.champion.number if context.champion else None
     new, model, target = context.challenger.number, context.model, context.target
     named = registry.aliased(model, registry.CHAMPION)
-    if named != old:
+    if named not in (old, new):
         raise TargetError(
             f"the alias champion names v{named}, not v{old} as when this promotion began: someone moved it; "
             "nothing was promoted"
@@ -166,7 +173,7 @@ def promote(context: Context) -> Seen:
     return _agreement(context, new)
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, **REPEATED)
 def rollback(context: Context) -> Seen:
     """Take every request away from the challenger, then give aliases and stages back as they were."""
     model, target, challenger = context.model, context.target, context.challenger.number

@@ -132,7 +132,7 @@ def quality(context: Context, gate: Quality) -> Seen:
                 raise
             note = f"the challenger does not score the held-out rows: {error}"
             return Seen({"scored": _of(len(frame), 0, str(error))}, note)
-    metrics = sorted({metric.removesuffix("_delta") for metric in gate.checks})
+    metrics = sorted({metric.removesuffix("_delta") for metric in gate.checks if metric != "scored"})
     measured = quality_of.measurements(
         frame[gate.label].to_numpy(), answers.get("champion"), answers["challenger"], metrics, gate.confidence
     )

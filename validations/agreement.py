@@ -91,9 +91,7 @@ class Pairing:
         """The pairs that disagreed most, the largest difference first."""
         return [example for *_, example in sorted(self._examples, key=lambda kept: kept[:2], reverse=True)]
 
-    def add(
-        self, side: Side, request_id: str, status: int, answer: bytes, request: bytes | None = None
-    ) -> None:
+    def add(self, side: Side, request_id: str, status: int, answer: bytes, request: bytes | None = None) -> None:
         """Take one answer: its HTTP status and body, and the request's body (needed once, from either side,
         where there are slices).
         """
@@ -161,9 +159,7 @@ class Pairing:
         judged = [(f"{column} = {value}", k, n) for column, value, k, n in self.by_slice()]
         if not judged:
             note = f"no slice has {self._min_slice} pairs yet"
-            return Measurement(
-                value=self.disagreements / self.pairs, low=0, high=1, sample=self.pairs, note=note
-            )
+            return Measurement(value=self.disagreements / self.pairs, low=0, high=1, sample=self.pairs, note=note)
         _, worst = worst_of(judged, confidence)
         return worst.model_copy(update={"sample": self.pairs})
 
@@ -243,9 +239,7 @@ class Pairing:
                 tally[0] += disagrees
                 tally[1] += 1
 
-    def _keep(
-        self, request_id: str, differing: Mapping[str, float], champion: _Half, challenger: _Half
-    ) -> None:
+    def _keep(self, request_id: str, differing: Mapping[str, float], champion: _Half, challenger: _Half) -> None:
         field, difference = max(differing.items(), key=lambda item: item[1])
         if len(self._examples) >= self._kept and (not self._kept or difference <= self._examples[0][0]):
             return
@@ -292,9 +286,7 @@ def _apart(a: float, b: float, tolerance: Tolerance) -> float:
     difference = abs(a - b)
     if math.isnan(difference):
         return 0.0 if a == b or (math.isnan(a) and math.isnan(b)) else math.inf
-    return (
-        0.0 if difference <= tolerance.abs + tolerance.rel * abs(a) and difference < math.inf else difference
-    )
+    return 0.0 if difference <= tolerance.abs + tolerance.rel * abs(a) and difference < math.inf else difference
 
 
 def _rows(answer: bytes) -> list[Any]:

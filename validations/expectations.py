@@ -231,9 +231,7 @@ def _numbers(values: "pd.Series[Any]", column: str, allowance: Allowance) -> Ite
     }
     yield _expect("column_quantile_values_to_be_between", column, quantile_ranges=ranges)
     factor = allowance.spread + error
-    yield _expect(
-        "column_stdev_to_be_between", column, min_value=deviation / factor, max_value=deviation * factor
-    )
+    yield _expect("column_stdev_to_be_between", column, min_value=deviation / factor, max_value=deviation * factor)
 
 
 def _categories(values: "pd.Series[Any]", column: str, allowance: Allowance) -> Iterator[dict[str, Any]]:
@@ -241,9 +239,7 @@ def _categories(values: "pd.Series[Any]", column: str, allowance: Allowance) -> 
     if not 0 < len(shares) <= allowance.categories:
         return
     known = [_plain(value) for value in shares.index]
-    yield _expect(
-        "column_values_to_be_in_set", column, value_set=sorted(known, key=str), mostly=1 - allowance.outside
-    )
+    yield _expect("column_values_to_be_in_set", column, value_set=sorted(known, key=str), mostly=1 - allowance.outside)
     if len(known) > 1 and _family(values) == "text":
         yield _expect(
             "column_kl_divergence_to_be_less_than",
@@ -271,9 +267,7 @@ def _family(values: "pd.Series[Any]") -> str:
 # Holding data against it ----------------------------------------------------------------------------------
 
 
-def _columns(
-    suite: Suite, frame: pd.DataFrame, families: Mapping[str, str], *, live: bool
-) -> Iterator[Result]:
+def _columns(suite: Suite, frame: pd.DataFrame, families: Mapping[str, str], *, live: bool) -> Iterator[Result]:
     """Whether each column named is there, and its values of the right family."""
     present = {str(column) for column in frame.columns}
     named = dict.fromkeys(column for expectation in suite["expectations"] for column in _named(expectation))

@@ -73,7 +73,8 @@ Duration = Annotated[
 Rate = Annotated[float, BeforeValidator(_rate), PlainSerializer(lambda r: f"{r!r}/s", return_type=str), Field(gt=0)]
 """Requests per second; written `100/s`, `300/m`."""
 
-Percent = Annotated[float, Field(gt=0, le=100)]
+Percent = Annotated[float, Field(ge=0.01, le=100)]
+"""A share of the traffic; a hundredth of a percent is the finest there is."""
 Fact = Bound(min=1)
 ERROR_METRICS = ("error_rate", "error_rate_delta")
 LATENCY_METRICS = tuple(f"p{q}_{kind}" for kind in ("ms", "ratio") for q in (50, 90, 95, 99))
@@ -98,7 +99,7 @@ class _Gate(Value):
     COMPARES: ClassVar[bool] = False
     """Whether the gate makes sense only against a champion."""
 
-    name: str = ""
+    name: str = Field(default="", pattern=r"^[\w -]*$", max_length=40)
     checks: dict[str, Bound] = {}
     min_sample: int = Field(default=1, ge=1)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
@@ -175,7 +176,15 @@ class Features(_Gate):
         bounds = super().bounds(first=first)
         if self.live_sample and not first:
             bounds.setdefault("unmet_live_expectations", Bound(max=0))
+        else:
+            bounds.pop("unmet_live_expectations", None)
         return bounds
+
+    @model_validator(mode="after")
+    def _live_is_sampled(self) -> Self:
+        if "unmet_live_expectations" in self.checks and not self.live_sample:
+            _refuse("`unmet_live_expectations` needs a `live_sample`: it is 0 here")
+        return self
 
     def falls_away(self) -> bool:
         """Without a champion there is nothing to generate a suite from."""
@@ -284,6 +293,7 @@ class Watch(_Gate):
     """
 
     METRICS: ClassVar = (*ERROR_METRICS, *LATENCY_METRICS)
+    COMPARES: ClassVar = True
     kind: Literal["watch"] = "watch"
     run_time: Duration
     min_sample: int = Field(default=100, ge=1)
@@ -335,7 +345,8 @@ class Policy(Value):
             if watching and not isinstance(gate, Watch):
                 _refuse(f"`{gate.kind}` comes after `watch`: a watch follows the promotion, so it is last")
             watching = isinstance(gate, Watch)
-        names = [step.name for step in self.plan()]
+        # A gate that bears an action's name would be taken for it: `rollback` for one that was done.
+        names = [ROLLBACK.name, *(step.name for step in self.plan())]
         for name in names:
             if names.count(name) > 1:
                 _refuse(f"two steps are called '{name}': give one of the gates another `name`")
@@ -435,6 +446,8 @@ def _sentence(error: Any, data: dict[str, Any]) -> str:
         return f"no such kind of gate: '{kind}'{_nearest(str(kind), list(GATES))} (there are: {', '.join(GATES)})"
     if error["type"] == "union_tag_not_found":
         return f"a gate needs its `kind` (one of: {', '.join(GATES)})"
+    if error["type"] == "model_type" and loc[-2:-1] == ("checks",):
+        return f"a bound is written like {{ max: {error['input']} }} or {{ min: {error['input']} }}"
     if error["type"] == "missing":
         return f"`{loc[-1]}` is missing"
     return str(error["msg"]).removeprefix("Value error, ")

@@ -150,9 +150,7 @@ def _changed(name: str, before: dict[str, Any], after: dict[str, Any]) -> Iterat
         yield _harmless(name, "widened", f"'{name}' was {_words(before)} and is {_words(after)} now")
 
 
-def _narrowed(
-    old: dict[str, Any], new: dict[str, Any], path: str, *, inside: bool
-) -> Iterator[tuple[str, str]]:
+def _narrowed(old: dict[str, Any], new: dict[str, Any], path: str, *, inside: bool) -> Iterator[tuple[str, str]]:
     """Every place under `path` where a value of type `old` is none of type `new`: (place, what and mend)."""
     was, now = old.get("type"), new.get("type")
     mend = f"keep {_words(old)}, and convert inside the model"

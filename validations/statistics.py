@@ -19,7 +19,7 @@ from validations.verdict import Measurement
 Floats = NDArray[np.float64]
 
 
-class NoSample(ValueError):  # noqa: N818 - a state of affairs that callers expect, not a mistake
+class NoSample(ValueError):
     """There is nothing to measure: leave the metric out, and its check is errored."""
 
 
@@ -94,9 +94,7 @@ def quantile_from_histogram(edges: ArrayLike, counts: ArrayLike, q: float, confi
     """
     ends, numbers = np.asarray(edges, dtype=np.float64), np.asarray(counts, dtype=np.int64)
     if ends.ndim != 1 or numbers.shape != (ends.size + 1,) or not ends.size:
-        raise ValueError(
-            f"{ends.size} edges need {ends.size + 1} counts (the last: beyond all), not {numbers.size}"
-        )
+        raise ValueError(f"{ends.size} edges need {ends.size + 1} counts (the last: beyond all), not {numbers.size}")
     if np.any(np.diff(ends) <= 0) or ends[0] <= 0 or np.any(numbers < 0):
         raise ValueError("edges must be positive and grow, and counts cannot be negative")
     below = np.cumsum(numbers)
@@ -153,9 +151,7 @@ def paired_bootstrap(
     random = np.random.default_rng(seed)
     values = statistics(np.ones((1, n)))[:, 0]
     step = max(1, 2_000_000 // n)
-    parts = [
-        statistics(_draws(random, min(step, resamples - start), n)) for start in range(0, resamples, step)
-    ]
+    parts = [statistics(_draws(random, min(step, resamples - start), n)) for start in range(0, resamples, step)]
     measured = []
     for value, replicates in zip(values, np.concatenate(parts, axis=1), strict=True):
         usable = replicates[~np.isnan(replicates)]
@@ -163,9 +159,7 @@ def paired_bootstrap(
             raise NoSample("the metric does not exist in most resamples: too few rows, or only one class")
         low, high = np.quantile(usable, [alpha / 2, 1 - alpha / 2])
         measured.append(
-            Measurement(
-                value=float(value), low=float(min(low, value)), high=float(max(high, value)), sample=n
-            )
+            Measurement(value=float(value), low=float(min(low, value)), high=float(max(high, value)), sample=n)
         )
     return measured
 
@@ -184,9 +178,7 @@ def worst_of(measured: Sequence[tuple[str, int, int]], confidence: float) -> tup
     worst = max(range(len(ends)), key=lambda i: (ends[i][0], measured[i][1] / measured[i][2]))
     name, k, n = measured[worst]
     high = max(high for _, high in ends)
-    return worst, Measurement(
-        value=k / n, low=ends[worst][0], high=high, sample=n, where=name, note=f"{k:,} of {n:,}"
-    )
+    return worst, Measurement(value=k / n, low=ends[worst][0], high=high, sample=n, where=name, note=f"{k:,} of {n:,}")
 
 
 def _alpha(confidence: float) -> float:
@@ -232,9 +224,7 @@ def _ratio(top: Measurement, bottom: Measurement) -> Measurement:
     high = math.inf if math.isinf(top.high) else _over(top.high, bottom.low, undefined=math.inf)
     # Both fail too often to have the quantile, or both are zero: they are alike.
     value = _over(top.value, bottom.value, undefined=1.0)
-    return Measurement(
-        value=value, low=min(low, value), high=max(high, value), sample=min(top.sample, bottom.sample)
-    )
+    return Measurement(value=value, low=min(low, value), high=max(high, value), sample=min(top.sample, bottom.sample))
 
 
 def _over(top: float, bottom: float, *, undefined: float) -> float:

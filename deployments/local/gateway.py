@@ -172,8 +172,9 @@ class Gateway:
             for sample in family.samples:
                 yield sample.name, sample.labels, float(sample.value)
 
-    def sick(self, names: Iterable[str]) -> dict[str, str]:
-        """Which of these clusters cannot take requests, and why. A cluster that is still warming is
+    def sick(self, names: Iterable[str], *, ejected: bool = False) -> dict[str, str]:
+        """Which of these clusters cannot take requests, and why; with `ejected` also which are left aside
+        for a while because they failed too often. A cluster that is still warming is
         acknowledged already [9], but is not in this list of Envoy's.
         """
         found = json.loads(self._get("/clusters?format=json")).get("cluster_statuses", [])
@@ -183,7 +184,9 @@ class Gateway:
             if name not in hosts:
                 why[name] = "not there, or still warming"
             for host in hosts.get(name, []):
-                marks = [mark for mark, set_ in host.get("health_status", {}).items() if set_ is True]
+                marks = [mark for mark, is_set in host.get("health_status", {}).items() if is_set is True]
+                if not ejected:
+                    marks = [mark for mark in marks if mark != "failed_outlier_check"]
                 if marks:
                     why[name] = ", ".join(sorted(marks)).replace("_", " ")
         return why

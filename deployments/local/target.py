@@ -133,8 +133,9 @@ class LocalTarget:
             self.supervisor.prepare(self._program(one))
         gateways, clusters = state.gateways(), []
         for model in gateways:
-            number, made = state.next_number(), envoy.clusters(model, self._backends(model), limits)
-            routes = self._routes(model, number, state.traffic(model))
+            number, backends = state.next_number(), self._backends(model)
+            made = envoy.clusters(model, backends, limits)
+            routes = self._routes(model, number, backends, state.traffic(model))
             self._gateway.validate(envoy.static(model, routes, made, limits))
             self._gateway.write("rds", model, number, [routes])
             clusters += made
@@ -190,7 +191,7 @@ class LocalTarget:
             if self.traffic(traffic.model) == traffic == self._state.traffic(traffic.model):
                 return
             self._refuse_unhealthy(traffic)
-            number = self._publish_routes(traffic.model, traffic, fence)
+            number = self._publish_routes(traffic.model, self._backends(traffic.model), traffic, fence)
             self._state.save_traffic(traffic, number)
 
     def traffic(self, model: str) -> Traffic | None:
@@ -238,10 +239,9 @@ class LocalTarget:
         if known is None:
             return
         with self._locked():
+            self._state.check(model, fence)
             if known.ready:
                 self._dismiss(known, fence)
-            else:
-                self._state.check(model, fence)
             self.supervisor.remove(_name(known))
             self._state.forget(model, version)
 
@@ -374,10 +374,11 @@ class LocalTarget:
         return out.strip().splitlines()[-1]
 
     def _admit(self, known: Deployed, fence: Fence) -> None:
-        """Clusters first, then the routes to them."""
+        """Clusters first, then the routes to them; then it counts as deployed."""
         model = known.model
+        backends = [one for one in self._backends(model) if one.version != known.version] + [_backend(known)]
         if not known.ready:
-            self._publish_clusters(model, [*self._backends(model), _backend(known)], fence)
+            self._publish_clusters(model, backends, fence)
         name = envoy.cluster_name(model, known.version)
         wait_for(
             lambda: not self._gateway.sick([name]),
@@ -386,26 +387,20 @@ class LocalTarget:
         )
         if known.ready:
             return
+        if model in self._state.gateways():
+            self._publish_routes(model, backends, self.traffic(model), fence)
+        else:
+            self._open(model, backends, fence)
         self._state.save(dataclasses.replace(known, ready=True))
-        try:
-            if model not in self._state.gateways():
-                self._open(model, fence)
-            else:
-                self._publish_routes(model, self.traffic(model), fence)
-        except BaseException:
-            self._state.save(known)
-            with contextlib.suppress(TargetError):
-                self._publish_clusters(model, self._backends(model), fence)
-            raise
 
-    def _open(self, model: str, fence: Fence) -> None:
+    def _open(self, model: str, backends: Sequence[envoy.Backend], fence: Fence) -> None:
         """Give `model` its gateway: a listener that answers 503 until something is routed."""
         port = self.options.gateway_ports.get(model) or self._free_port()
         _refuse_taken(port, f"the gateway of {model}")
         number = self._state.next_number()
-        self._gateway.write("rds", model, number, [self._routes(model, number, None)])
-        others = self._state.gateways()
-        listeners = [self._listener(name, at) for name, at in {**others, model: port}.items()]
+        self._gateway.write("rds", model, number, [self._routes(model, number, backends, None)])
+        ports = {**self._state.gateways(), model: port}
+        listeners = [self._listener(name, at) for name, at in ports.items()]
         self._gateway.publish("lds", "", self._state.next_number(), listeners, self._state.fenced(model, fence))
         self._await_answers(port, number)
         self._state.save_gateway(model, port)
@@ -414,25 +409,27 @@ class LocalTarget:
 
     def _publish_clusters(self, model: str, backends: Sequence[envoy.Backend], fence: Fence) -> None:
         limits = self.options.limits
-        others = {one.model for one in self._state.endpoints() if one.ready and one.model != model}
-        found = [envoy.clusters(name, self._backends(name), limits) for name in sorted(others)]
-        resources = [*(cluster for clusters in found for cluster in clusters)]
-        resources += envoy.clusters(model, backends, limits)
-        guard = self._state.fenced(model, fence)
-        self._gateway.publish("cds", "", self._state.next_number(), resources, guard)
+        others = sorted({one.model for one in self._state.endpoints() if one.ready and one.model != model})
+        resources = envoy.clusters(model, backends, limits)
+        for other in others:
+            resources += envoy.clusters(other, self._backends(other), limits)
+        self._gateway.publish("cds", "", self._state.next_number(), resources, self._state.fenced(model, fence))
 
-    def _publish_routes(self, model: str, traffic: Traffic | None, fence: Fence, without: str | None = None) -> int:
+    def _publish_routes(
+        self, model: str, backends: Sequence[envoy.Backend], traffic: Traffic | None, fence: Fence
+    ) -> int:
         number = self._state.next_number()
-        route = self._routes(model, number, traffic, without)
-        limits = self.options.limits
-        clusters = envoy.clusters(model, self._backends(model), limits)
-        self._gateway.validate(envoy.static(model, route, clusters, limits))
+        route = self._routes(model, number, backends, traffic)
+        clusters = envoy.clusters(model, backends, self.options.limits)
+        self._gateway.validate(envoy.static(model, route, clusters, self.options.limits))
         self._gateway.publish("rds", model, number, [route], self._state.fenced(model, fence))
         self._await_answers(self._state.gateways()[model], number)
         return number
 
-    def _routes(self, model: str, number: int, traffic: Traffic | None, without: str | None = None) -> envoy.Json:
-        versions = [one.version for one in self._backends(model) if one.version != without]
+    def _routes(
+        self, model: str, number: int, backends: Sequence[envoy.Backend], traffic: Traffic | None
+    ) -> envoy.Json:
+        versions = [one.version for one in backends]
         return envoy.routes(model, number, versions, traffic, self.options.limits)
 
     def _listener(self, model: str, port: int) -> envoy.Json:
@@ -455,11 +452,23 @@ class LocalTarget:
         if missing := sorted(traffic.live - set(there)):
             raise TargetError(f"{model} {', '.join(missing)} is not deployed: no traffic can go there")
         names = {envoy.cluster_name(model, version): version for version in traffic.live}
+        # Who failed too often of late gets no new share. A champion does: the way back is never barred by that.
+        picky = [envoy.cluster_name(model, str(traffic.challenger))] if traffic.weight else []
+
+        def sick() -> dict[str, str]:
+            # The gateway needs some seconds to see that a server has died: so it is asked as well.
+            dead = {
+                envoy.cluster_name(model, one.version): "its server does not answer"
+                for one in self._state.endpoints(model)
+                if one.version in traffic.live and not self._identity(one).get("ready")
+            }
+            return dead | self._gateway.sick(names) | self._gateway.sick(picky, ejected=True)
+
         with contextlib.suppress(TargetUnavailable):
             # A moment of grace: the gateway may have begun to look only now.
-            wait_for(lambda: not self._gateway.sick(names), self.options.health_timeout / 2, "sick")
-        if sick := self._gateway.sick(names):
-            said = "; ".join(f"{names[name]}: {why}" for name, why in sick.items())
+            wait_for(lambda: not sick(), self.options.health_timeout / 2, "sick")
+        if found := sick():
+            said = "; ".join(f"{names[name]}: {why}" for name, why in found.items())
             raise TargetError(f"{model} has versions that are not healthy, no traffic moves ({said})")
 
     # --- retiring (under the lock)
@@ -470,10 +479,12 @@ class LocalTarget:
             raise TargetError(f"{model} {version} has traffic: route it away first")
         if traffic is not None and traffic.challenger == version:
             traffic = dataclasses.replace(traffic, challenger=None)
-        number = self._publish_routes(model, traffic, fence, without=version)
+        # From here on it is deployed no more: cut anywhere, a retire goes on and a deploy begins anew.
+        self._state.save(dataclasses.replace(known, ready=False))
+        rest = self._backends(model)
+        number = self._publish_routes(model, rest, traffic, fence)
         if traffic is not None:
             self._state.save_traffic(traffic, number)
-        rest = [one for one in self._backends(model) if one.version != version]
         names = envoy.involving(model, version, [one.version for one in rest])
         with contextlib.suppress(TargetUnavailable):
             # Whoever is not done by then has the server's own grace after SIGTERM.

@@ -100,6 +100,12 @@ class World(Protocol):
     def revived(self, version: str) -> None:
         """Return once the supervisor's new server for this version serves."""
 
+    def halt(self, version: str) -> None:
+        """Stop a version's server, and do not bring it back."""
+
+    def resume(self, version: str) -> None:
+        """Bring it back."""
+
     def expire(self, fence: Fence) -> None:
         """Let a lease lapse."""
 
@@ -135,6 +141,8 @@ class FakeWorld:
 
     def revived(self, version: str) -> None:
         self.fake.behaviour(MODEL, version).healthy = True
+
+    halt, resume = kill, revived
 
     def expire(self, fence: Fence) -> None:
         self.now += 61
@@ -205,6 +213,15 @@ class LocalWorld:
     def revived(self, version: str) -> None:
         wait_for(self.local.ready, 90, f"{version} does not come back")
 
+    def halt(self, version: str) -> None:
+        with self.local.supervisor._rpc() as rpc:
+            rpc.stopProcess(f"model-{MODEL}-{version}")
+
+    def resume(self, version: str) -> None:
+        with self.local.supervisor._rpc() as rpc:
+            rpc.startProcess(f"model-{MODEL}-{version}", False)
+        self.revived(version)
+
     def expire(self, fence: Fence) -> None:
         with self.local._state._transaction() as db:
             db.execute("UPDATE lease SET expires=0 WHERE model=?", (fence.model,))
@@ -239,7 +256,7 @@ def fake_world(models: Path) -> FakeWorld:
 def local_world(models: Path) -> Iterator[LocalWorld]:
     """The real target with versions 1 to 3 deployed; all of it is stopped in the end."""
     home = Path(tempfile.mkdtemp(prefix="ts.", dir="/tmp"))
-    world = LocalWorld(models, home, Options(queue=24))
+    world = LocalWorld(models, home, Options(queue=24, health_timeout=6.0))
     try:
         world.local.start()
         _deploy_all(world)

@@ -1,6 +1,7 @@
 """What every serving target promises. Each test runs against the fake and against the real local target."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 
@@ -20,6 +21,11 @@ def observed(world: World, before: dict[str, Served], key: str, count: int) -> S
     return now()
 
 
+def live(world: World, version: str) -> Mapping[str, int]:
+    """The live answers of a version so far."""
+    return world.target.observe(MODEL).get(version, Served()).codes
+
+
 def test_deploy_again_is_the_same_endpoint(world: World, fence: Fence) -> None:
     """Deploying a version that is deployed changes nothing."""
     before = world.target.deployed(MODEL)
@@ -32,7 +38,7 @@ def test_a_version_without_traffic_gets_none(world: World) -> None:
     before = dict(world.target.observe(MODEL))
     assert {reply.version for reply in world.send(50)} == {"1"}
     assert observed(world, before, "1", 50).codes == {"200": 50}
-    assert world.target.observe(MODEL).get("2", Served()) == before.get("2", Served())
+    assert live(world, "2") == before.get("2", Served()).codes
 
 
 @pytest.mark.parametrize(("weight", "low", "high"), [(1000, 133, 267), (5000, 889, 1111), (10_000, 2000, 2000)])
@@ -58,7 +64,7 @@ def test_mirrored_copies_are_counted_apart_and_never_answer(world: World, fence:
     assert {reply.version for reply in world.send(40)} == {"1"}
     assert observed(world, before, "2-shadow", 40).codes == {"200": 40}
     assert observed(world, before, "1", 40).codes == {"200": 40}
-    assert world.target.observe(MODEL).get("2", Served()) == before.get("2", Served())
+    assert live(world, "2") == before.get("2", Served()).codes
 
 
 def test_answers_pair_by_request_id(world: World, fence: Fence) -> None:
@@ -112,7 +118,7 @@ def test_a_model_that_fails_is_500_on_its_own_path(world: World) -> None:
     assert {(reply.status, reply.version) for reply in replies} == {(500, "3")}
     assert {reply.status for reply in world.send(5, version="2")} == {200}
     assert observed(world, before, "3-pinned", 5).codes == {"500": 5}
-    assert world.target.observe(MODEL).get("3", Served()) == before.get("3", Served())
+    assert live(world, "3") == before.get("3", Served()).codes
 
 
 def test_an_unknown_version_is_404(world: World) -> None:
@@ -134,20 +140,26 @@ def test_route_refuses_a_version_that_is_not_deployed(world: World, fence: Fence
 
 
 def test_a_killed_challenger_costs_no_client_a_failure(world: World, fence: Fence) -> None:
-    """kill -9 of the challenger under a canary: no failure; route refuses it until it is back, and it is
-    brought back."""
+    """kill -9 of the challenger under a canary: no failure, and it is brought back."""
     world.target.route(Traffic(MODEL, "1", "2", weight=5000), fence)
     world.kill("2")
     replies = world.send(200)
     assert Counter(reply.status for reply in replies) == {200: 200}
     assert {reply.version for reply in replies} == {"1"}
-    world.target.route(Traffic(MODEL, "1"), fence)
-    with pytest.raises(TargetError, match="not healthy"):
-        world.target.route(Traffic(MODEL, "2"), fence)
-    assert world.target.traffic(MODEL) == Traffic(MODEL, "1")
     world.revived("2")
     world.target.route(Traffic(MODEL, "2"), fence)
     assert {(reply.status, reply.version) for reply in world.send(20)} == {(200, "2")}
+
+
+def test_route_refuses_a_version_that_is_not_healthy(world: World, fence: Fence) -> None:
+    """No share and no copy goes to a version whose server is gone; the traffic stays as it was."""
+    world.halt("2")
+    for traffic in (Traffic(MODEL, "2"), Traffic(MODEL, "1", "2", mirror=1)):
+        with pytest.raises(TargetError, match="not healthy"):
+            world.target.route(traffic, fence)
+        assert world.target.traffic(MODEL) == Traffic(MODEL, "1")
+    world.resume("2")
+    world.target.route(Traffic(MODEL, "2"), fence)
 
 
 def test_a_held_lease_is_not_given_to_another(world: World) -> None:

@@ -7,7 +7,7 @@ import stat
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 
 import httpx
@@ -67,7 +67,7 @@ def test_traps_04_and_05_a_failing_version_stays_ejected_but_never_blacks_out(re
     gateway = real.local._gateway
 
     def ejected() -> bool:
-        if "failed outlier check" in gateway.sick([name]).get(name, ""):
+        if "failed outlier check" in gateway.sick([name], ejected=True).get(name, ""):
             return True
         real.send(30, x=13)
         return False
@@ -79,7 +79,27 @@ def test_traps_04_and_05_a_failing_version_stays_ejected_but_never_blacks_out(re
     # On its own path there is nobody else, and so it is asked; a local 503 would carry no version.
     assert {(reply.status, reply.version) for reply in real.send(5, version="3")} == {(200, "3")}
     assert {(reply.status, reply.version) for reply in real.send(5, x=13, version="3")} == {(500, "3")}
-    wait_for(lambda: not gateway.sick([name]), 60, "it never comes back")
+    wait_for(lambda: not gateway.sick([name], ejected=True), 60, "it never comes back")
+    real.target.release(fence)
+
+
+def test_trap_04_an_ejected_version_gets_no_weight_but_may_be_the_way_back(
+    real: LocalWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No weight moves onto a challenger that the gateway has ejected; a rollback to an ejected champion is
+    never refused for that."""
+    fence, gateway = real.target.lease(MODEL, "me"), real.local._gateway
+    made = gateway.sick
+
+    def sick(names: Iterable[str], *, ejected: bool = False) -> dict[str, str]:
+        found = made(names, ejected=ejected)
+        return found | {name: "failed outlier check" for name in names if ejected and name == f"{MODEL}-3"}
+
+    monkeypatch.setattr(gateway, "sick", sick)
+    with pytest.raises(TargetError, match=r"not healthy.*failed outlier check"):
+        real.target.route(Traffic(MODEL, "1", "3", weight=1), fence)
+    real.target.route(Traffic(MODEL, "3"), fence)
+    real.target.route(Traffic(MODEL, "1", "3", mirror=1), fence)
     real.target.release(fence)
 
 

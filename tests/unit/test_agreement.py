@@ -123,9 +123,7 @@ def test_memory_is_bounded():
     assert [e.difference for e in pairing.examples] == [999, 998, 997]
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["champion", "challenger"]), st.integers(0, 2)))
-)
+@given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from(["champion", "challenger"]), st.integers(0, 2))))
 def test_every_answer_is_counted_once(answers):
     """Whatever comes in whatever order, each answer ends in exactly one of pairs, unpaired and duplicated."""
     pairing = Pairing()

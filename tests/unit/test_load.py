@@ -127,9 +127,7 @@ def test_failed_requests_are_a_result(server, payloads):
             "cookies": server.url("/cookie"),
             "headers": server.url("/header"),
         }
-        profile = Profile(
-            rate=20, seconds=1, timeout=1.5, arrivals="poisson", headers={"x-tenant": "t"}, **EASY
-        )
+        profile = Profile(rate=20, seconds=1, timeout=1.5, arrivals="poisson", headers={"x-tenant": "t"}, **EASY)
         result = run(profile, targets, payloads)
     failed = {name: target.failed for name, target in result.targets.items()}
     bad = {"broken": 20, "moved": 20, "hanging": 20, "down": 20}
@@ -392,9 +390,7 @@ def test_what_cannot_be_asked_is_refused(payloads, tmp_path):
 
 def test_locust_is_never_imported_beside_us():
     """Prefect hangs in a process that has imported Locust, so neither `run` nor `report` does."""
-    code = (
-        "import sys, loadtests.run, loadtests.report; sys.exit(bool({'locust', 'gevent'} & set(sys.modules)))"
-    )
+    code = "import sys, loadtests.run, loadtests.report; sys.exit(bool({'locust', 'gevent'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -46,9 +46,7 @@ def test_a_rate_is_covered_as_often_as_declared(p, n):
     """Summed over every outcome, the interval holds the true rate with at least the declared probability."""
     k = np.arange(n + 1)
     likely = k[stats.binom.pmf(k, n, p) > 1e-12]
-    covered = sum(
-        stats.binom.pmf(i, n, p) for i in likely if (m := proportion(int(i), n, 0.9)).low <= p <= m.high
-    )
+    covered = sum(stats.binom.pmf(i, n, p) for i in likely if (m := proportion(int(i), n, 0.9)).low <= p <= m.high)
     assert covered >= 0.9 - 1e-9
 
 

@@ -1,5 +1,7 @@
 """The local target's smaller parts: the state database, supervisord's files, runtimes."""
 
+import tempfile
+from collections.abc import Iterator
 from configparser import RawConfigParser
 from pathlib import Path
 
@@ -109,10 +111,10 @@ def test_two_servers_never_share_a_port(state: State) -> None:
 
 
 @pytest.fixture
-def supervisor(tmp_path: Path) -> Supervisor:
-    import tempfile
-
-    return Supervisor(Path(tempfile.mkdtemp(prefix="ts.", dir="/tmp")))
+def supervisor() -> Iterator[Supervisor]:
+    # Sockets need a short path, shorter than pytest's own.
+    with tempfile.TemporaryDirectory(prefix="ts.", dir="/tmp") as home:
+        yield Supervisor(Path(home))
 
 
 def parsed(supervisor: Supervisor, program: Program) -> dict[str, str]:
