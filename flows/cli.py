@@ -126,7 +126,10 @@ def promote(
         out.print(f"{model} v{result['challenger']}: [{style}]{result['phase']}[/] at {result['step']}")
         out.print(f"  {escape(result['why'])}")
         out.print(f"  titleshot explain {result['promotion']}")
-    return {"promoted": FINE, "degraded": ERROR}.get(result["phase"], REFUSED)
+    if result["phase"] == "promoted":
+        return FINE
+    # The platform's errors are not the challenger's: a caller that waits must tell them apart.
+    return ERROR if result["phase"] == "degraded" or result["outcome"] == "errored" else REFUSED
 
 
 @app.command

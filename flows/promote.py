@@ -3,7 +3,7 @@
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,9 @@ def _promote(context: Context, policy: Policy, identifier: str, text: str) -> di
     except BaseException:
         # A bug, or someone ended this process: what can be done in a moment is to give all traffic back.
         _give_back(context)
-        history.finish(run_id, failed=True)
-        registry.tag(model, number, phase="interrupted", outcome="", verdict="")
+        with suppress(Exception):  # the registry may be what broke
+            history.finish(run_id, failed=True)
+            registry.tag(model, number, phase="interrupted", outcome="", verdict="")
         raise
     _tidy(context, promotion)
     links = registry.links(context.challenger.registered, context.settings.mlflow)
@@ -131,7 +132,7 @@ def _promote(context: Context, policy: Policy, identifier: str, text: str) -> di
 
 
 def outcome(promotion: Promotion) -> dict[str, Any]:
-    """What a promotion came to: promotion, model, champion, challenger, phase, step, why."""
+    """What a promotion came to: promotion, model, champion, challenger, phase, step, outcome, why."""
     decided = promotion.decided_by
     return {
         "promotion": promotion.id,
@@ -140,6 +141,7 @@ def outcome(promotion: Promotion) -> dict[str, Any]:
         "challenger": promotion.challenger,
         "phase": promotion.phase.value,
         "step": decided.step if decided else "",
+        "outcome": decided.outcome.value if decided else "",
         "why": decided.why if decided else "",
     }
 

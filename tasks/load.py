@@ -16,6 +16,8 @@ from validations.policy import Load
 from validations.statistics import difference, proportion, quantile, quantile_ratio
 from validations.verdict import Measurement
 
+LOAD_HEADER = {"x-titleshot-load": "1"}
+"""Tells the champion's server that live requests go first, and that these are none."""
 SAMPLE = 500
 """How many recent live requests the load is made of."""
 
@@ -30,13 +32,12 @@ def load(context: Context, gate: Load) -> Seen:
     payloads = context.folder / "payloads.jsonl"
     bodies, source = _payloads(context, gate)
     payloads.write_text("".join(json.dumps(body) + "\n" for body in bodies))
-    profile = run.Profile(
-        rate=gate.rate, seconds=gate.run_time.total_seconds(), timeout=gate.request_timeout.total_seconds()
-    )
+    seconds = gate.run_time.total_seconds()
+    profile = run.Profile(gate.rate, seconds, timeout=gate.request_timeout.total_seconds(), headers=LOAD_HEADER)
     result = run.run(profile, {name: f"{url}/invocations" for name, url in targets.items()}, payloads)
     latencies = {name: target.latencies for name, target in result.targets.items()}
     errors = {name: (target.failed, target.sent) for name, target in result.targets.items()}
-    note = f"{gate.rate:g}/s each for {gate.run_time.total_seconds():g} s, {source}"
+    note = f"{gate.rate:g}/s each for {seconds:g} s, {source}"
     return Seen(measurements(latencies, errors, gate.confidence), note, {"load": summary(latencies, errors)})
 
 

@@ -4,7 +4,11 @@ The processes are forked from a server that has the heavy imports behind it (std
 first costs seconds, the others milliseconds.
 """
 
+import json
 import multiprocessing
+import subprocess
+import sys
+import tempfile
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,12 +22,22 @@ class ScoreError(Exception):
     """The model could not be loaded, failed, or took its process with it; the message is one line."""
 
 
-def score(path: Path, parquet: Path | None = None, drop: str | None = None, timeout: float = 300) -> Any:
+def score(
+    path: Path,
+    parquet: Path | None = None,
+    drop: str | None = None,
+    *,
+    env_manager: str = "local",
+    timeout: float = 300,
+) -> Any:
     """Predictions of the model in `path`, for the rows of `parquet` without the column `drop`, or for its
     own input example where `parquet` is None.
 
-    Returns what the model returned (array or frame). Raises `ScoreError`; `timeout` is in seconds.
+    Returns what the model returned (array or frame). With another `env_manager` than "local" the model runs in
+    its own environment, made by MLflow, and an array comes back. Raises `ScoreError`; `timeout` is in seconds.
     """
+    if env_manager != "local":
+        return score_in_own_environment(path, parquet, drop, env_manager, timeout)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -42,6 +56,37 @@ def score(path: Path, parquet: Path | None = None, drop: str | None = None, time
     if error:
         raise ScoreError(error)
     return answer
+
+
+def score_in_own_environment(
+    path: Path, parquet: Path | None, drop: str | None, env_manager: str, timeout: float
+) -> Any:
+    """As `score`, by `mlflow models predict` in an environment with the model's own requirements."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "asked.json", Path(folder) / "answered.json"
+        if parquet is None:
+            example = path / "serving_input_example.json"
+            if not example.exists():
+                raise ScoreError("it has no input example: log the model with `input_example=...`")
+            asked.write_bytes(example.read_bytes())
+        else:
+            import pandas as pd
+
+            rows = pd.read_parquet(parquet)
+            rows = rows.drop(columns=drop) if drop else rows
+            asked.write_text('{"dataframe_split": ' + rows.to_json(orient="split", index=False) + "}")
+        command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", env_manager]
+        command += ["-m", str(path), "-i", str(asked), "-o", str(answered), "-t", "json"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        except subprocess.TimeoutExpired as late:
+            raise ScoreError(f"the model gave no answer within {timeout:.0f} s") from late
+        if done.returncode or not answered.exists():
+            last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+            raise ScoreError(last)
+        return np.asarray(json.loads(answered.read_text())["predictions"])
 
 
 def _score(path: Path, parquet: Path | None, drop: str | None) -> tuple[Any, str]:

@@ -104,7 +104,8 @@ class Settings(BaseSettings):
                     f"{name} does not answer at {address} ({error or type(error).__name__}): {mend}"
                 ) from error
         os.environ.update(QUIET)
-        os.environ["MLFLOW_TRACKING_URI"] = os.environ["MLFLOW_REGISTRY_URI"] = self.mlflow
+        os.environ["MLFLOW_TRACKING_URI"] = self.mlflow
+        os.environ.pop("MLFLOW_REGISTRY_URI", None)  # the registry is where the tracking is
         os.environ["PREFECT_API_URL"] = self.prefect
         os.environ.setdefault("PREFECT_HOME", str(self.home / "prefect"))
 

@@ -33,7 +33,7 @@ def integrity(context: Context) -> Seen:
     loadable = not findings and challenger.digest == challenger.recorded
     if loadable:
         try:
-            score(challenger.path)
+            score(challenger.path, env_manager=context.settings.env_manager)
         except ScoreError as failed:
             error = str(failed)
     measured = integrity_of.measurements(
@@ -126,7 +126,7 @@ def quality(context: Context, gate: Quality) -> Seen:
     answers: dict[str, Any] = {}
     for side, who in sides.items():
         try:
-            answers[side] = score(who.path, path, gate.label)
+            answers[side] = score(who.path, path, gate.label, env_manager=context.settings.env_manager)
         except ScoreError as error:
             if side == "champion":
                 raise

@@ -53,7 +53,7 @@ class Options:
     limits: envoy.Limits = field(default_factory=envoy.Limits)
     gateway_workers: int = 1
     concurrency: int = 2
-    queue: int = 64
+    queue: int = 256
     keep: int = 5000
     lease_ttl: float = 60.0
     ready_timeout: float = 120.0

@@ -211,7 +211,16 @@ class LocalWorld:
         wait_for(lambda: self.pid(version) != pid, 30, "supervisord does not notice")
 
     def revived(self, version: str) -> None:
-        wait_for(self.local.ready, 90, f"{version} does not come back")
+        # The server first: Envoy takes a while to notice a death, and calls the dead healthy until then.
+        direct = self.local.deployed(MODEL)[version].direct
+
+        def back() -> bool:
+            try:
+                return httpx.get(f"{direct}/ready", trust_env=False).is_success and self.local.ready()
+            except httpx.HTTPError:
+                return False
+
+        wait_for(back, 90, f"{version} does not come back")
 
     def halt(self, version: str) -> None:
         with self.local.supervisor._rpc() as rpc:
@@ -256,7 +265,7 @@ def fake_world(models: Path) -> FakeWorld:
 def local_world(models: Path) -> Iterator[LocalWorld]:
     """The real target with versions 1 to 3 deployed; all of it is stopped in the end."""
     home = Path(tempfile.mkdtemp(prefix="ts.", dir="/tmp"))
-    world = LocalWorld(models, home, Options(queue=24, health_timeout=6.0))
+    world = LocalWorld(models, home, Options(queue=40, health_timeout=6.0))
     try:
         world.local.start()
         _deploy_all(world)

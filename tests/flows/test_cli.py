@@ -208,8 +208,8 @@ def test_an_empty_reference_set_is_said(
     capfd.readouterr()
     code = cli.run(["promote", maker.model, "--policy", str(path), "--version", empty, "--json"])
     result = json.loads(capfd.readouterr().out)
-    assert code == 3
-    assert result["step"] == "features"
+    assert code == 1
+    assert (result["step"], result["outcome"]) == ("features", "errored")
     assert "have no rows" in result["why"]
 
 

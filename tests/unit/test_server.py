@@ -295,6 +295,35 @@ def test_the_ring_is_bounded_by_count_and_bytes() -> None:
     assert [one.number for one in ring.after(-1, 10)] == [7]
 
 
+def test_live_requests_go_before_copies_and_load(root: Path) -> None:
+    """Half of the queue is kept for live requests; a load test's are not taken for live ones afterwards."""
+    app = Server(options(root / "sklearn", "--concurrency", "1", "--queue", "2"))
+    go_on = threading.Event()
+
+    def slow(body: bytes, content_type: str) -> server.Reply:
+        go_on.wait(10)
+        return 200, "application/json", b"{}"
+
+    app.predictor = slow  # type: ignore[assignment]
+
+    async def go() -> list[int]:
+        async with client(app) as one:
+            busy = [asyncio.create_task(one.post("/invocations", content=b"{}")) for _ in range(2)]
+            while app._room > 1:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            extra = [{"x-shadow": "1"}, {"x-titleshot-load": "1"}]
+            shed = [(await one.post("/invocations", content=b"{}", headers=h)).status_code for h in extra]
+            live = asyncio.create_task(one.post("/invocations", content=b"{}"))
+            while app._room:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            go_on.set()
+            return [*shed, *[(await task).status_code for task in (*busy, live)]]
+
+    assert asyncio.run(go()) == [503, 503, 200, 200, 200]
+    kept = [json.loads(line) for line in get(app, "/titleshot/answers").text.splitlines()]
+    assert [(one["status"], one["shadow"]) for one in kept] == [(503, True), (200, False), (200, False), (200, False)]
+
+
 def test_what_it_cannot_take_is_shed(root: Path) -> None:
     """Beyond `concurrency` and `queue` a request is 503 at once; a place is free again after an answer."""
     app = Server(options(root / "sklearn", "--concurrency", "1", "--queue", "1"))
