@@ -61,10 +61,12 @@ def run(model: str, policy_file: Path, version: str | None, *, again: bool) -> d
     registered = _challenger(model, version, champion_number)
     identifier = f"{model}-v{registered.number}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     with leased(target, model, identifier) as fence:
-        contender = admit(registered, settings)
+        challenger = contender(registered, settings)
         if not again:
-            _refuse_quarantined(contender)
-        champion = admit(registry.find(model, champion_number), settings) if champion_number else None
+            _refuse_quarantined(challenger)
+        champion = None
+        if champion_number is not None:
+            champion = contender(registry.find(model, champion_number), settings, serving=True)
         context = Context(
             model=model,
             settings=settings,
@@ -73,7 +75,7 @@ def run(model: str, policy_file: Path, version: str | None, *, again: bool) -> d
             base=policy_file.resolve().parent,
             folder=settings.home / "promotions" / identifier,
             champion=champion,
-            challenger=contender,
+            challenger=challenger,
             previous=registry.aliased(model, registry.PREVIOUS),
         )
         return _promote(context, policy, identifier, text)
@@ -256,16 +258,13 @@ def _challenger(model: str, version: str | None, champion: str | None) -> regist
     return found
 
 
-def admit(registered: registry.Registered, settings: Settings, *, download: bool = True) -> Contender:
-    """Fetch a version's artifacts and compare their digest with the one recorded at its first admission.
+def contender(registered: registry.Registered, settings: Settings, *, serving: bool = False) -> Contender:
+    """A version with its artifacts, their digest compared with the one recorded at its first admission.
 
-    `download=False` uses what is on this disk already, so that a rollback need not wait for MLflow.
-    Raises `Mistake` for a version without signature.
+    Of one that is `serving` (or did) the copy on this disk will do. Raises `Mistake` for a version without
+    signature.
     """
-    path = registry.local_path(registered, settings.home)
-    if download or not path.exists():
-        path = registry.download(registered, settings.home)
-    recorded, found = registry.admit(registered, path)
+    path, recorded, found = (registry.admitted if serving else registry.admit)(registered, settings.home)
     if not registry.signature(path):
         raise Mistake(
             f"{registered.name} has no signature, so nothing can be compared: log the model with "
@@ -274,11 +273,11 @@ def admit(registered: registry.Registered, settings: Settings, *, download: bool
     return Contender(registered, path, recorded, found)
 
 
-def _refuse_quarantined(contender: Contender) -> None:
-    reason = registry.quarantined(contender.registered.model, contender.digest)
+def _refuse_quarantined(challenger: Contender) -> None:
+    reason = registry.quarantined(challenger.registered.model, challenger.digest)
     if reason:
         raise Mistake(
-            f"{contender.registered.name} is quarantined, its artifact unchanged: {reason}. "
+            f"{challenger.registered.name} is quarantined, its artifact unchanged: {reason}. "
             "Mend the model and register it anew, or insist with --again",
             code=3,
         )

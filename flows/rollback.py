@@ -8,7 +8,7 @@ from typing import Any
 from prefect import flow, get_run_logger
 
 from deployments.target import TargetError
-from flows.promote import admit, flow_run_tags, leased
+from flows.promote import contender, flow_run_tags, leased
 from tasks import history, registry, serving
 from tasks.context import Context, Seen
 from tasks.progress import listening, say
@@ -50,8 +50,8 @@ def run(model: str, reason: str) -> dict[str, Any]:
             fence=fence,
             base=Path(),
             folder=settings.home / "promotions" / identifier,
-            champion=admit(registry.find(model, champion), settings, download=False),
-            challenger=admit(registry.find(model, previous), settings, download=False),
+            champion=contender(registry.find(model, champion), settings, serving=True),
+            challenger=contender(registry.find(model, previous), settings, serving=True),
             previous=previous,
         )
         say(f"{identifier}: v{previous} takes the place of v{champion} again ({reason})")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from tasks.settings import Mistake, Settings, writable
-from tasks.stack import free_gigabytes, settings_target
+from tasks.stack import free_gigabytes, free_port, settings_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,12 @@ def _servers(settings: Settings) -> Finding:
     except Mistake as mistake:
         return Finding("stack", fine=False, found="cannot be looked at", mend=str(mistake))
     if not found["up"]:
-        return Finding("stack", fine=True, found="not up")
+        taken = {name: port for name, port in settings.stack().items() if free_port(port) is None}
+        if taken:
+            listed = ", ".join(f"{name.removesuffix('_port')} {port}" for name, port in taken.items())
+            mend = "stop the programs there, or `titleshot up --mlflow-port N --prefect-port N`"
+            return Finding("ports", fine=False, found=f"in use by other programs: {listed}", mend=mend)
+        return Finding("stack", fine=True, found="not up, its ports are free")
     bad = [p["name"] for p in found["programs"] if p["state"] != "RUNNING"]
     lost = [m["model"] for m in found["models"] if not m["agrees"]]
     if bad:

@@ -1,6 +1,7 @@
 """The MLflow registry: versions, aliases, stages, tags, and the download of artifacts."""
 
 import json
+import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -125,29 +126,47 @@ def local_path(version: Registered, home: Path) -> Path:
     return home / "models" / version.model / version.number
 
 
-def download(version: Registered, home: Path) -> Path:
-    """The version's artifacts under the home, downloaded anew. Returns their directory."""
+def download(version: Registered, into: Path) -> Path:
+    """The version's artifacts as the registry has them now, in the empty directory `into`."""
     import mlflow.artifacts
 
-    path = local_path(version, home)
-    if path.exists():
-        # Never trust what lies here from an earlier time: the digest is of what the registry gives now.
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
-    mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.model}/{version.number}", dst_path=str(path))
-    return path
+    into.mkdir(parents=True)
+    mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.model}/{version.number}", dst_path=str(into))
+    return into
 
 
-def admit(version: Registered, path: Path) -> tuple[str, str]:
-    """The digest recorded for a version and the digest of what was downloaded.
+def admit(version: Registered, home: Path) -> tuple[Path, str, str]:
+    """Fetch a version: the directory with its artifacts, the digest on record, and the digest found.
 
-    The first time a version is seen, its digest is recorded as a tag; from then on it must stay.
+    The first time a version is seen its digest is recorded as a tag; from then on it must stay. A copy on this
+    disk that is as recorded is left in place: a server may be reading it.
     """
-    found = digest_of(path)
+    local = local_path(version, home)
+    fresh = download(version, local.with_name(f"{version.number}.{secrets.token_hex(4)}"))
+    found = digest_of(fresh)
     recorded = version.tags.get(TAG + "digest")
     if recorded is None:
         tag(version.model, version.number, digest=found)
-    return recorded or found, found
+        recorded = found
+    kept = digest_of(local) if local.exists() else None
+    if kept == recorded != found:
+        return fresh, recorded, found
+    if kept == found:
+        shutil.rmtree(fresh)
+    else:
+        shutil.rmtree(local, ignore_errors=True)
+        fresh.rename(local)
+    return local, recorded, found
+
+
+def admitted(version: Registered, home: Path) -> tuple[Path, str, str]:
+    """As `admit`, for a version that is in service: its copy on this disk, without asking the registry for
+    another where it is as recorded.
+    """
+    local, recorded = local_path(version, home), version.tags.get(TAG + "digest")
+    if local.exists() and recorded is not None and digest_of(local) == recorded:
+        return local, recorded, recorded
+    return admit(version, home)
 
 
 def quarantined(model: str, digest: str) -> str | None:

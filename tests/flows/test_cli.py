@@ -267,3 +267,17 @@ def test_no_task_is_cached() -> None:
     for task in found:
         assert task.cache_policy == NO_CACHE, task.name
         assert not task.persist_result, task.name
+
+
+def test_hooks_carry_the_names_that_the_runner_calls_them_by() -> None:
+    """Prefect's runner calls hooks by keyword: with other parameter names they fail where they are needed most."""
+    import inspect
+
+    os.environ.setdefault("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    from flows.promote import promote as promote_flow
+    from flows.rollback import rollback as rollback_flow
+
+    for flow in (promote_flow, rollback_flow):
+        for kind in ("completion", "failure", "cancellation", "crashed", "running"):
+            for hook in getattr(flow, f"on_{kind}_hooks", []):
+                assert list(inspect.signature(hook).parameters) == ["flow", "flow_run", "state"], (flow.name, kind)

@@ -186,6 +186,29 @@ def test_an_artifact_that_changed_after_admission_is_not_loaded(settings: Any, m
     assert "answers_example" not in stored.verdicts[0].evidence.measurements
 
 
+def test_what_serves_is_never_replaced_on_disk(stack: Any, settings: Any, maker: Maker, policy: Policy) -> None:
+    """A promotion leaves the champion's copy alone, and other bytes from the registry do not take its place."""
+    champion = crown(maker, policy)
+    local = registry.local_path(registry.find(maker.model, champion), settings.home)
+    before = (local / "MLmodel").stat().st_ino
+    path, recorded, found = registry.admit(registry.find(maker.model, champion), settings.home)
+    assert (path, recorded) == (local, found)
+    assert (local / "MLmodel").stat().st_ino == before
+    real = registry.download
+
+    def other(version: registry.Registered, into: Path) -> Path:
+        fetched = real(version, into)
+        (fetched / "requirements.txt").write_text("something-else")
+        return fetched
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "download", other)
+        path, recorded, found = registry.admit(registry.find(maker.model, champion), settings.home)
+    assert path != local
+    assert recorded != found
+    assert (local / "MLmodel").stat().st_ino == before
+
+
 def test_a_pickle_is_refused_by_name(stack: Any, maker: Maker, policy: Policy) -> None:
     """Unsafe serialisation is found before anything loads it, and the file is named."""
     crown(maker, policy)
@@ -196,7 +219,7 @@ def test_a_pickle_is_refused_by_name(stack: Any, maker: Maker, policy: Policy) -
 
 
 def test_a_challenger_that_never_becomes_ready_is_rejected_with_its_log(
-    stack: Any, maker: Maker, policy: Policy, settings: Any
+    stack: Any, maker: Maker, policy: Policy, tmp_path: Path
 ) -> None:
     """A server that cannot load its model: rejected at deploy, its log's last lines in the evidence."""
     champion = crown(maker, policy)
@@ -207,13 +230,13 @@ def test_a_challenger_that_never_becomes_ready_is_rejected_with_its_log(
     found = registry.find(maker.model, challenger)
     real = registry.download
 
-    def broken(version: registry.Registered, home: Path) -> Path:
-        path = real(version, home)
+    def broken(version: registry.Registered, into: Path) -> Path:
+        path = real(version, into)
         if version.number == challenger:
             (path / "model.pkl").write_bytes(b"not a pickle")
         return path
 
-    registry.tag(maker.model, challenger, digest=digest(broken(found, settings.home)))
+    registry.tag(maker.model, challenger, digest=digest(broken(found, tmp_path / "broken")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "download", broken)
         result = promote(model=maker.model, policy=str(policy({"kind": "schema"}, CANARY)), version=challenger)

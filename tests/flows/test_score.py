@@ -13,7 +13,7 @@ from tests.flows.conftest import Maker, label, rows
 
 def test_both_ways_of_scoring_agree(settings: Any, maker: Maker, tmp_path: Path) -> None:
     """A forked child and `mlflow models predict` give the same numbers for held-out rows and for the example."""
-    path = registry.download(registry.find(maker.model, maker.version()), settings.home)
+    path = registry.download(registry.find(maker.model, maker.version()), tmp_path / "model")
     held_out = tmp_path / "held-out.parquet"
     frame = rows(50, 3)
     frame.assign(late=label(frame)).to_parquet(held_out)
@@ -26,7 +26,7 @@ def test_both_ways_of_scoring_agree(settings: Any, maker: Maker, tmp_path: Path)
 
 def test_what_a_model_raises_is_one_line(settings: Any, maker: Maker, tmp_path: Path) -> None:
     """An exception in the child, or a file that is no model, comes back as a sentence."""
-    path = registry.download(registry.find(maker.model, maker.version()), settings.home)
+    path = registry.download(registry.find(maker.model, maker.version()), tmp_path / "model")
     frame = rows(5).drop(columns="x")
     frame.to_parquet(tmp_path / "short.parquet")
     with pytest.raises(ScoreError, match="x") as caught:
