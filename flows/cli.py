@@ -148,8 +148,10 @@ def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> 
         result = flow(model=model, reason=reason)
     if json_:
         _json(result)
-    else:
+    elif result["phase"] == "rolled back":
         out.print(f"{model}: [bold]v{result['to']}[/] is champion again: {escape(result['why'])}")
+    else:
+        out.print(f"{model}: [bold magenta]degraded[/], look at `titleshot status`: {escape(result['why'])}")
     return FINE if result["phase"] == "rolled back" else ERROR
 
 

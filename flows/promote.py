@@ -1,6 +1,7 @@
 """Drive one promotion to its end: ask the kernel for the next step, perform it, record the verdict."""
 
 import secrets
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -105,6 +106,10 @@ def _promote(context: Context, policy: Policy, identifier: str, text: str) -> di
         chain = history.record(run_id, now, chain)
         decided = now.decided_by or verdict
         registry.tag(model, number, phase=now.phase.value, outcome=decided.outcome.value, verdict=decided.why)
+        if now.phase.final and decided.outcome in (Outcome.FAILED, Outcome.PASSED):
+            blamed = decided.outcome is Outcome.FAILED
+            quarantine = f"{now.phase.value} in {identifier}: {decided.why}" if blamed else ""
+            registry.tag(model, number, quarantine=quarantine)
 
     def act(now: Promotion, step: Step) -> Verdict:
         return perform(context, now, step, run_id)
@@ -115,7 +120,7 @@ def _promote(context: Context, policy: Policy, identifier: str, text: str) -> di
         # A bug, or someone ended this process: what can be done in a moment is to give all traffic back.
         _give_back(context)
         with suppress(Exception):  # the registry may be what broke
-            history.finish(run_id, failed=True)
+            history.interrupted(run_id)
             registry.tag(model, number, phase="interrupted", outcome="", verdict="")
         raise
     _tidy(context, promotion)
@@ -327,7 +332,13 @@ def _tidy(context: Context, promotion: Promotion) -> None:
     )
     for number in target.deployed(model):
         if number not in keep:
-            target.retire(model, number, context.fence)
+            try:
+                target.retire(model, number, context.fence)
+            except TargetError as error:
+                # After a rollback that failed it may have traffic still: that is told, and the record goes on.
+                say(f"v{number} could not be taken down: {error}")
+    if context.challenger.path != registry.local_path(context.challenger.registered, context.settings.home):
+        shutil.rmtree(context.challenger.path, ignore_errors=True)
     if promotion.stopped_by is not None and registry.aliased(model, registry.CHALLENGER) == promotion.challenger:
         registry.set_alias(model, registry.CHALLENGER, None)
         registry.set_stage(model, promotion.challenger, "None")

@@ -7,7 +7,6 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
-from deployments.target import TargetError
 from flows.promote import contender, flow_run_tags, leased
 from tasks import history, registry, serving
 from tasks.context import Context, Seen
@@ -57,15 +56,16 @@ def run(model: str, reason: str) -> dict[str, Any]:
         say(f"{identifier}: v{previous} takes the place of v{champion} again ({reason})")
         try:
             seen = serving.swap_back(context)
-        except TargetError as error:
-            seen = Seen({}, str(error))
+        except Exception as error:  # noqa: BLE001 - traffic may have moved: what happened must be recorded
+            seen = Seen({}, f"{type(error).__name__}: {error}")
         verdict = judge(ROLLBACK.name, ACTIONS["rollback"], seen.evidence())
     passed = verdict.outcome is Outcome.PASSED
     phase = "rolled back" if passed else "degraded"
     if passed:
-        registry.tag(model, champion, phase=phase, outcome=registry.BLAMED, verdict=reason)
+        quarantine = f"{phase} in {identifier}: {reason}"
+        registry.tag(model, champion, phase=phase, outcome="", verdict=reason, quarantine=quarantine)
         story = f"rollback of v{champion}: {reason}"
-        registry.tag(model, previous, phase="promoted", outcome="", promotion=identifier, verdict=story)
+        registry.tag(model, previous, phase="promoted", outcome="", promotion=identifier, verdict=story, quarantine="")
     tags = {"kind": "rollback", "champion": champion, "challenger": previous, "step": ROLLBACK.name}
     run_id = history.open_run(model, identifier, {**tags, "phase": phase, "why": reason, **flow_run_tags()})
     history.log_verdict(run_id, verdict, 1, "")

@@ -64,7 +64,9 @@ def begin(promotion: Promotion, policy_text: str, tags: dict[str, str]) -> tuple
     head = dumps(json.loads(promotion.model_copy(update={"verdicts": ()}).model_dump_json()))
     client().log_text(run_id, head, "promotion.json")
     client().log_text(run_id, policy_text, "policy.yaml")
-    return run_id, sha256(head.encode())
+    chain = sha256(head.encode())
+    client().set_tag(run_id, TAG + "chain", chain)
+    return run_id, chain
 
 
 def open_run(model: str, name: str, tags: dict[str, str]) -> str:
@@ -128,9 +130,15 @@ def describe(run_id: str, markdown: str) -> None:
     client().set_tag(run_id, "mlflow.note.content", markdown[:4900])
 
 
-def finish(run_id: str, *, failed: bool = False) -> None:
-    """Close the run: FINISHED for every outcome that was reached, FAILED where the platform broke."""
-    client().set_terminated(run_id, "FAILED" if failed else "FINISHED")
+def finish(run_id: str) -> None:
+    """Close the run of a promotion that reached an outcome, whichever."""
+    client().set_terminated(run_id, "FINISHED")
+
+
+def interrupted(run_id: str) -> None:
+    """Close the run of a promotion that was ended before it reached an outcome."""
+    client().set_tag(run_id, TAG + "phase", "interrupted")
+    client().set_terminated(run_id, "FAILED")
 
 
 def entries(model: str | None = None, identifier: str | None = None) -> list[Entry]:
@@ -183,7 +191,7 @@ def stored(run_id: str) -> Promotion:
             raise Tampered(f"{path} of run {run_id} does not follow the verdict before it: one of them was changed")
         verdicts.append(Verdict.model_validate(data["verdict"]))
         before = sha256(text.encode())
-    if verdicts and client().get_run(run_id).data.tags.get(TAG + "chain") != before:
+    if client().get_run(run_id).data.tags.get(TAG + "chain") != before:
         raise Tampered(f"the last verdict of run {run_id} is not the one that was recorded: it was changed or removed")
     return Promotion.model_validate({**json.loads(head), "verdicts": verdicts})
 

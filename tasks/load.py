@@ -17,7 +17,7 @@ from validations.statistics import difference, proportion, quantile, quantile_ra
 from validations.verdict import Measurement
 
 LOAD_HEADER = {"x-titleshot-load": "1"}
-"""Tells the champion's server that live requests go first, and that these are none."""
+"""Tells the model servers that live requests go first, and that these are none."""
 SAMPLE = 500
 """How many recent live requests the load is made of."""
 

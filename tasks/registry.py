@@ -17,9 +17,6 @@ CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 STAGE = {CHAMPION: "Production", CHALLENGER: "Staging", PREVIOUS: "Archived"}
 TAG = "titleshot."
 """Our tags on versions: phase, promotion, verdict, digest."""
-REFUSED = ("rejected", "rolled back")
-BLAMED = "failed"
-"""The outcome that blames the version itself: a platform's error or a thin sample does not quarantine it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +167,15 @@ def admitted(version: Registered, home: Path) -> tuple[Path, str, str]:
 
 
 def quarantined(model: str, digest: str) -> str | None:
-    """Why an artifact of this digest was refused before, under whatever version number; None if it was not."""
+    """Why an artifact of this digest is refused, under whatever version number; None if it is not.
+
+    The tag `quarantine` is set where a verdict blamed the version itself, or an operator rolled it back; a
+    platform's error or a thin sample does not set it.
+    """
     for version in client().search_model_versions(f"name = '{model}'"):
-        tags = version.tags
-        blamed = tags.get(TAG + "phase") in REFUSED and tags.get(TAG + "outcome") == BLAMED
-        if tags.get(TAG + "digest") == digest and blamed:
-            verdict = tags.get(TAG + "verdict", "no verdict was kept")
-            return f"v{version.version} was {tags[TAG + 'phase']} in {tags.get(TAG + 'promotion')}: {verdict}"
+        reason = version.tags.get(TAG + "quarantine")
+        if reason and version.tags.get(TAG + "digest") == digest:
+            return f"v{version.version} was {reason}"
     return None
 
 

@@ -6,6 +6,7 @@ first costs seconds, the others milliseconds.
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -77,16 +78,30 @@ def score_in_own_environment(
             rows = pd.read_parquet(parquet)
             rows = rows.drop(columns=drop) if drop else rows
             asked.write_text('{"dataframe_split": ' + rows.to_json(orient="split", index=False) + "}")
-        command = [sys.executable, "-m", "mlflow", "models", "predict", "--env-manager", env_manager]
-        command += ["-m", str(path), "-i", str(asked), "-o", str(answered), "-t", "json"]
+        made = _mlflow("prepare-env", "-m", str(path), env_manager=env_manager, timeout=3 * timeout)
+        if made.returncode:
+            # No network, no such manager, a requirement that is gone: not the model's answer to anything.
+            raise RuntimeError(f"its environment cannot be made ({env_manager}): {_last(made)}")
+        files = ("-m", str(path), "-i", str(asked), "-o", str(answered), "-t", "json")
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+            done = _mlflow("predict", *files, env_manager=env_manager, timeout=timeout)
         except subprocess.TimeoutExpired as late:
             raise ScoreError(f"the model gave no answer within {timeout:.0f} s") from late
         if done.returncode or not answered.exists():
-            last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-            raise ScoreError(last)
+            raise ScoreError(_last(done))
         return np.asarray(json.loads(answered.read_text())["predictions"])
+
+
+def _mlflow(*words: str, env_manager: str, timeout: float) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "mlflow", "models", *words, "--env-manager", env_manager]
+    # `uv` may be installed beside our Python only.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": path}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+
+
+def _last(done: "subprocess.CompletedProcess[str]") -> str:
+    return (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
 
 
 def _score(path: Path, parquet: Path | None, drop: str | None) -> tuple[Any, str]:

@@ -99,10 +99,17 @@ class _Gate(Value):
     COMPARES: ClassVar[bool] = False
     """Whether the gate makes sense only against a champion."""
 
-    name: str = Field(default="", pattern=r"^[\w -]*$", max_length=40)
+    name: str = Field(default="", max_length=40)
     checks: dict[str, Bound] = {}
     min_sample: int = Field(default=1, ge=1)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9 _-]*", name):
+            _refuse(f"'{name}' names files too: use letters, digits, spaces, - and _")
+        return name
 
     @field_validator("checks")
     @classmethod
@@ -282,7 +289,7 @@ class Canary(_Gate):
             if after <= before:
                 _refuse(f"weights grow: {after:g} comes after {before:g}")
         for weight in weights:
-            if round(weight * 100) != weight * 100:
+            if abs(round(weight * 100) - weight * 100) > 1e-9:
                 _refuse(f"weight {weight:g}: hundredths of a percent are the finest there is")
         return weights
 
@@ -415,11 +422,13 @@ def read(text: str, source: str = "policy") -> Policy:
         return Policy.model_validate(data)
     except ValidationError as error:
         # A misspelt word is the likeliest cause of a missing one, so it is told first.
-        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        # An empty list behind a refused item is pydantic's echo of it.
+        told = [e for e in error.errors() if e["type"] != "too_short"] or error.errors()
+        first = min(told, key=lambda e: e["type"] != "extra_forbidden")
         path = _path(first["loc"])
         line = _line(tree, path)
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
         message = _sentence(first, data)
         raise PolicyError(f"{source}:{line}: {where + ': ' if where else ''}{message}{more}") from error
 
@@ -447,7 +456,8 @@ def _sentence(error: Any, data: dict[str, Any]) -> str:
     if error["type"] == "union_tag_not_found":
         return f"a gate needs its `kind` (one of: {', '.join(GATES)})"
     if error["type"] == "model_type" and loc[-2:-1] == ("checks",):
-        return f"a bound is written like {{ max: {error['input']} }} or {{ min: {error['input']} }}"
+        number = error["input"] if isinstance(error["input"], int | float) else "0.05"
+        return f"a bound is written like {{ max: {number} }} or {{ min: {number} }}"
     if error["type"] == "missing":
         return f"`{loc[-1]}` is missing"
     return str(error["msg"]).removeprefix("Value error, ")

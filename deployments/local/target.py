@@ -369,8 +369,9 @@ class LocalTarget:
                         process.kill()
                         raise
         if process.returncode or not out.strip():
-            tail = "\n".join(log.splitlines()[-20:])
-            raise NeverReady(f"{version.model} {version.number}: its environment cannot be made", tail)
+            # No network, no such manager, a requirement that is gone: not necessarily the version's fault.
+            last = (log.strip().splitlines() or ["it said nothing"])[-1]
+            raise TargetError(f"{version.model} {version.number}: its environment cannot be made: {last}")
         return out.strip().splitlines()[-1]
 
     def _admit(self, known: Deployed, fence: Fence) -> None:

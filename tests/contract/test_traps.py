@@ -1,4 +1,4 @@
-"""The traps of `facts/envoy.md` (section 11) that behave, each against the real gateway; those that are a
+"""The traps of `docs/architecture.md` (section 11) that behave, each against the real gateway; those that are a
 matter of configuration alone are in `tests/unit/test_envoy.py`. The number in a name is the trap's."""
 
 import json

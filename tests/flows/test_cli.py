@@ -211,6 +211,8 @@ def test_an_empty_reference_set_is_said(
     assert code == 1
     assert (result["step"], result["outcome"]) == ("features", "errored")
     assert "have no rows" in result["why"]
+    # Nobody proved anything against the version: it may ask again without more ado.
+    assert cli.run(["promote", maker.model, "--policy", str(path), "--version", empty]) == 1
 
 
 def test_history_explain_show_and_suite(
