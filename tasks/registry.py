@@ -1,6 +1,7 @@
 """The MLflow registry: versions, aliases, stages, tags, and the download of artifacts."""
 
 import json
+import os
 import secrets
 import shutil
 import warnings
@@ -34,12 +35,20 @@ class Registered:
         return f"{self.model} v{self.number}"
 
 
-@cache
 def client() -> Any:
     """MLflow's client for the server that `Settings.connect` chose."""
+    return _client(os.environ["MLFLOW_TRACKING_URI"])
+
+
+@cache
+def _client(uri: str) -> Any:
+    import mlflow
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient()
+    # What this process pointed MLflow at before (a training script, say) is not where our registry is.
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return MlflowClient(uri, uri)
 
 
 def find(model: str, number: str) -> Registered:

@@ -147,6 +147,7 @@ def _latencies(load: dict[str, Any]) -> Plot:
     axes.set_xlabel("milliseconds from the intended start to the answer")
     axes.set_ylabel("share of requests slower")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     for share, label in ((0.5, "p50"), (0.05, "p95"), (0.01, "p99")):
         axes.axhline(share, color="#c4ccd6", linewidth=0.8, zorder=0)

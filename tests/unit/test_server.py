@@ -295,9 +295,8 @@ def test_the_ring_is_bounded_by_count_and_bytes() -> None:
     assert [one.number for one in ring.after(-1, 10)] == [7]
 
 
-def test_live_requests_go_before_copies_and_load(root: Path) -> None:
-    """Half of the queue is kept for live requests; a load test's are not taken for live ones afterwards."""
-    app = Server(options(root / "sklearn", "--concurrency", "1", "--queue", "2"))
+def held_up(app: Server) -> threading.Event:
+    """Predictions of `app` wait from now on until the event is set."""
     go_on = threading.Event()
 
     def slow(body: bytes, content_type: str) -> server.Reply:
@@ -305,6 +304,13 @@ def test_live_requests_go_before_copies_and_load(root: Path) -> None:
         return 200, "application/json", b"{}"
 
     app.predictor = slow  # type: ignore[assignment]
+    return go_on
+
+
+def test_live_requests_go_before_copies_and_load(root: Path) -> None:
+    """Half of the queue is kept for live requests; a load test's are not taken for live ones afterwards."""
+    app = Server(options(root / "sklearn", "--concurrency", "1", "--queue", "2"))
+    go_on = held_up(app)
 
     async def go() -> list[int]:
         async with client(app) as one:
@@ -327,13 +333,7 @@ def test_live_requests_go_before_copies_and_load(root: Path) -> None:
 def test_what_it_cannot_take_is_shed(root: Path) -> None:
     """Beyond `concurrency` and `queue` a request is 503 at once; a place is free again after an answer."""
     app = Server(options(root / "sklearn", "--concurrency", "1", "--queue", "1"))
-    go_on = threading.Event()
-
-    def slow(body: bytes, content_type: str) -> server.Reply:
-        go_on.wait(10)
-        return 200, "application/json", b"{}"
-
-    app.predictor = slow  # type: ignore[assignment]
+    go_on = held_up(app)
 
     async def go() -> tuple[list[int], int]:
         async with client(app) as one:
