@@ -78,10 +78,11 @@ def score_in_own_environment(
             rows = pd.read_parquet(parquet)
             rows = rows.drop(columns=drop) if drop else rows
             asked.write_text('{"dataframe_split": ' + rows.to_json(orient="split", index=False) + "}")
-        made = _mlflow("prepare-env", "-m", str(path), env_manager=env_manager, timeout=3 * timeout)
-        if made.returncode:
-            # No network, no such manager, a requirement that is gone: not the model's answer to anything.
-            raise RuntimeError(f"its environment cannot be made ({env_manager}): {_last(made)}")
+        if env_manager != "local":
+            made = _mlflow("prepare-env", "-m", str(path), env_manager=env_manager, timeout=3 * timeout)
+            if made.returncode:
+                # No network, no such manager, a requirement that is gone: not the model's answer to anything.
+                raise RuntimeError(f"its environment cannot be made ({env_manager}): {_last(made)}")
         files = ("-m", str(path), "-i", str(asked), "-o", str(answered), "-t", "json")
         try:
             done = _mlflow("predict", *files, env_manager=env_manager, timeout=timeout)
