@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ app = App(
     help_epilogue="Exit codes: 0 promoted or fine, 3 the challenger was rejected or rolled back, 1 an error, "
     "2 wrong use, 130 interrupted.\n\nState lives in TITLESHOT_HOME (default .titleshot/).",
     help_format="plaintext",
+    version=lambda: version("titleshot"),
     version_flags=["--version"],
 )
 out = Console(highlight=False, soft_wrap=True)

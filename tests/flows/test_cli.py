@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def test_every_command_has_help(capfd: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
         assert cli.run([command, "--help"]) == 0
         assert f"titleshot {command}" in capfd.readouterr().out
+    assert cli.run(["--version"]) == 0
+    assert capfd.readouterr().out.strip() == version("titleshot")
 
 
 @pytest.mark.parametrize(
