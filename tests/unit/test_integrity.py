@@ -1,14 +1,17 @@
-"""Files that run code when they are loaded are found by name and by content, without loading them."""
+"""What the integrity gate finds without loading anything: unsafe files, requirements not met, false signatures."""
 
 import bz2
 import gzip
+import hashlib
 import io
 import lzma
 import os
 import pickle
+import platform
 import subprocess
 import zipfile
 import zlib
+from importlib.metadata import version
 
 import joblib
 import numpy as np
@@ -17,7 +20,13 @@ import skops.io
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer
 
-from validations.integrity import measurements, unsafe_files
+from validations import requirements, signing
+from validations.integrity import Scan, measurements, scan
+from validations.policy import PolicyError, read
+
+
+def unsafe_files(model):
+    return list(scan(model).unsafe)
 
 
 class Bomb:
@@ -144,13 +153,11 @@ def test_a_broken_archive_is_a_finding(model):
 
 
 def test_a_skops_file_is_no_safer_than_its_types(model):
-    """Types that are neither scikit-learn's, NumPy's nor SciPy's are named, unless somebody vouched for them."""
+    """Types that are not classes of scikit-learn, NumPy or SciPy are named."""
     skops.io.dump(FunctionTransformer(os.path.basename), model / "model.skops")
     (finding,) = unsafe_files(model)
     assert finding.path == "model.skops"
     assert "basename" in finding.reason
-    (named,) = skops.io.get_untrusted_types(file=model / "model.skops")
-    assert unsafe_files(model, trusted={named}) == []
 
 
 def test_a_skops_file_that_is_none_is_a_finding(model):
@@ -190,17 +197,191 @@ def test_the_measurements_say_what_and_where(model):
     bad = measurements(
         registered="sha256:" + "a" * 64,
         found="sha256:" + "b" * 64,
-        unsafe=unsafe_files(model),
+        scanned=scan(model),
         example_error="Traceback ...\n  File x\nValueError: no such column: 'tail'\n",
     )
-    assert [m.value for m in bad.values()] == [0, 1, 0]
+    assert [m.value for m in bad.values()] == [0, 1, 0, 0]
     assert "aaaa" in bad["digest_matches"].note
     assert bad["unsafe_files"].where == "model.pkl"
     assert bad["answers_example"].note == "ValueError: no such column: 'tail'"
-    good = measurements(registered="sha256:a", found="sha256:a", unsafe=[], example_error=None)
-    assert [m.value for m in good.values()] == [1, 0, 1]
+    good = measurements(registered="sha256:a", found="sha256:a", scanned=Scan(), example_error=None)
+    assert [m.value for m in good.values()] == [1, 0, 1, 0]
 
 
 def test_no_digest_matches_nothing():
     """Two missing digests are not a match."""
-    assert measurements(registered="", found="", unsafe=[], example_error=None)["digest_matches"].value == 0
+    assert measurements(registered="", found="", scanned=Scan(), example_error=None)["digest_matches"].value == 0
+
+
+def test_a_reviewed_file_is_trusted_by_its_bytes(model):
+    """A pickle whose SHA-256 the policy names is not counted and is listed; with one byte changed it is counted."""
+    (model / "model.pkl").write_bytes(BOMBS[4])
+    digest = hashlib.sha256(BOMBS[4]).hexdigest()
+    reviewed = scan(model, {"model.pkl": digest})
+    assert reviewed.unsafe == ()
+    assert [(f.path, f.sha256) for f in reviewed.trusted] == [("model.pkl", digest)]
+    assert (
+        "model.pkl"
+        in measurements(registered="a", found="a", scanned=reviewed, example_error=None)["unsafe_files"].note
+    )
+    (model / "model.pkl").write_bytes(BOMBS[4] + b" ")
+    (finding,) = scan(model, {"model.pkl": digest}).unsafe
+    assert "the policy trusts other bytes" in finding.reason
+    assert finding.sha256 in finding.reason
+
+
+def test_a_link_is_never_trusted(model, tmp_path_factory):
+    """Trust is in bytes that are part of the model: a link to reviewed bytes elsewhere stays a finding."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "model.pkl"
+    elsewhere.write_bytes(BOMBS[4])
+    (model / "model.pkl").symlink_to(elsewhere)
+    assert len(scan(model, {"model.pkl": hashlib.sha256(BOMBS[4]).hexdigest()}).unsafe) == 1
+
+
+POLICY = "version: 1\nmodel: m\ngates:\n  - kind: integrity\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("    trusted: {model.pkl: abc}\n", "SHA-256 of the reviewed file"),
+        (f"    trusted: {{../model.pkl: {'a' * 64}}}\n", "no path within the model"),
+        (f"    trusted: {{'*.pkl': {'a' * 64}}}\n", "no path within the model"),
+        ("    checks: {signature_valid: {min: 1}}\n", "needs `signed_by`"),
+        ("    signed_bye: key.pub\n", "did you mean 'signed_by'"),
+    ],
+)
+def test_a_slip_in_the_policy_is_told(lines, said):
+    """Trust without a digest, or a signature without a key, is refused in one line."""
+    with pytest.raises(PolicyError, match=r"p\.yaml:") as caught:
+        read(POLICY + lines, "p.yaml")
+    assert said in str(caught.value)
+
+
+def test_a_signature_is_asked_for_only_with_a_key():
+    """`signature_valid` is in force with `signed_by`, and not without."""
+    assert "signature_valid" not in read(POLICY).gates[0].bounds()
+    assert "signature_valid" in read(POLICY + "    signed_by: key.pub\n").gates[0].bounds(first=True)
+
+
+MET = [
+    "numpy",
+    "NumPy>=1",
+    f"numpy=={version('numpy')}",
+    f"numpy == {version('numpy')} \\\n    --hash=sha256:{'a' * 64}",
+    "scikit_learn  # a comment",
+    "no-such-package; python_version < '3'",
+    "--extra-index-url somewhere",
+    "-c constraints.txt",
+    "",
+    "# nothing",
+    "mlflow[extras]>=2",
+]
+NOT_MET = {
+    "no-such-package": "is not installed",
+    "no-such-package==1 --hash=sha256:aa": "is not installed",
+    "numpy==0.1": f"numpy {version('numpy')} is installed",
+    "numpy<2; python_version >= '3'": "is installed",
+    "numpy @ git+https://somewhere/numpy.git@v1": "not from",
+    "git+https://somewhere/x.git": "name the package",
+    "./wheels/numpy-0.1-py3-none-any.whl": f"numpy {version('numpy')} is installed",
+    "-e .": "name the package",
+    "-r other.txt": "not among its files",
+    "-r ../../etc/requirements.txt": "not among its files",
+    "numpy=1": "name the package",
+}
+
+
+def test_requirements_that_are_met_are_no_conflict(model):
+    """Names in any spelling, versions, markers, hashes, options and comments are read as pip reads them."""
+    (model / "requirements.txt").write_text("\n".join(MET))
+    assert requirements.conflicts(model) == []
+
+
+@pytest.mark.parametrize("line", NOT_MET)
+def test_a_requirement_that_is_not_met_is_told(model, line):
+    """What is missing, of another version or from elsewhere is one conflict that says so and how to mend it."""
+    (model / "requirements.txt").write_text(f"numpy\n{line}\n")
+    (said,) = requirements.conflicts(model)
+    assert NOT_MET[line] in said
+    assert "\n" not in said
+    measured = measurements(registered="a", found="a", scanned=Scan(), example_error=None, conflicts=[said])
+    assert (measured["requirement_conflicts"].value, measured["requirement_conflicts"].note) == (1, said)
+
+
+def test_included_requirements_are_read(model):
+    """`-r` within the model is followed, and a file that includes itself ends."""
+    (model / "requirements.txt").write_text("-r more.txt\n")
+    (model / "more.txt").write_text("no-such-package\n")
+    assert "no-such-package" in requirements.conflicts(model)[0]
+    (model / "more.txt").write_text("-r more.txt\n")
+    assert len(requirements.conflicts(model)) == 1
+
+
+def test_a_model_that_does_not_say_what_it_needs_is_a_conflict(model):
+    """Without requirements.txt nothing can be compared, which is a conflict and never "none"."""
+    (model / "requirements.txt").unlink()
+    assert "pip_requirements" in requirements.conflicts(model)[0]
+
+
+def test_another_python_counts_where_bytecode_is_trusted(model):
+    """Another minor version of Python is a conflict for a model with a trusted pickle; a patch version never is."""
+    major, minor, _ = platform.python_version_tuple()
+    (model / "python_env.yaml").write_text(f"python: {major}.{minor}.99\n")
+    assert requirements.conflicts(model, python=True) == []
+    (model / "python_env.yaml").write_text(f"python: {major}.{int(minor) + 1}.0\n")
+    assert requirements.conflicts(model) == []
+    assert f"{major}.{int(minor) + 1}.0" in requirements.conflicts(model, python=True)[0]
+
+
+@pytest.fixture
+def signed(model, tmp_path_factory):
+    """A model with a real signature, and the folder of the keys: key, key.pub and other.pub."""
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from model_signing.signing import Config
+
+    keys = tmp_path_factory.mktemp("keys")
+    for name in ("key", "other"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        private = key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+        (keys / name).write_bytes(private)
+        public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+        (keys / f"{name}.pub").write_bytes(public)
+    Config().use_elliptic_key_signer(private_key=keys / "key").sign(model, model / signing.SIGNATURE)
+    return keys
+
+
+def test_a_real_signature_is_valid(model, signed):
+    """What `model-signing` signed is valid for its key, also after MLflow's download added its own file."""
+    (model / "registered_model_meta").write_text("model_name: m\n")
+    assert signing.error(model, signed / "key.pub") == ""
+    measured = measurements(registered="a", found="a", scanned=scan(model), example_error=None, signature_error="")
+    assert (measured["signature_valid"].value, measured["unsafe_files"].value) == (1, 0)
+
+
+@pytest.mark.parametrize("tampering", ["changed", "added", "removed", "another key", "no signature", "cut off"])
+def test_a_tampered_model_has_no_valid_signature(model, signed, tampering):
+    """A changed, added or removed file, another's key or a broken signature: one line says what is wrong."""
+    key = signed / ("other.pub" if tampering == "another key" else "key.pub")
+    signature = model / signing.SIGNATURE
+    {
+        "changed": lambda: (model / "MLmodel").write_text("flavors: {x: y}\n"),
+        "added": lambda: (model / "more.txt").write_text("x"),
+        "removed": (model / "input_example.json").unlink,
+        "another key": dict,
+        "no signature": signature.unlink,
+        "cut off": lambda: signature.write_bytes(signature.read_bytes()[:100]),
+    }[tampering]()
+    said = signing.error(model, key)
+    assert said
+    assert "\n" not in said
+    measured = measurements(registered="a", found="a", scanned=Scan(), example_error=None, signature_error=said)
+    assert measured["signature_valid"].value == 0
+
+
+def test_a_key_that_is_none_is_told(model, signed):
+    """A file that is no public key is the policy's mistake, not the model's."""
+    (signed / "bad.pub").write_text("not a key")
+    with pytest.raises(signing.UnusableKey, match=r"bad.pub is no public key"):
+        signing.error(model, signed / "bad.pub")
