@@ -5,14 +5,19 @@ first costs seconds, the others milliseconds.
 """
 
 import json
+import logging
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +44,45 @@ def score(
     """
     if env_manager != "local":
         return score_in_own_environment(path, parquet, drop, env_manager, timeout)
+    return _in_a_child(_score, path, parquet, drop, timeout=timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a model answered: for each request (answer as JSON text, ""), or ("", why not in one line).
+
+    `classes` are the labels of the model inside in the order of its probabilities (scikit-learn's `classes_`), where
+    it has them.
+    """
+
+    replies: tuple[tuple[str, str], ...]
+    classes: tuple[Any, ...] | None = None
+
+
+def ask(path: Path, bodies: Sequence[str], *, env_manager: str = "local", timeout: float = 300) -> Asked:
+    """What the model in `path` answers to each of `bodies` (JSON, as sent to `/invocations`), as callers see it.
+
+    With another `env_manager` than "local" each request costs the start of a process in the model's own environment.
+    Raises `ScoreError` where the model cannot be loaded; what it raises for one request is in that reply. `timeout`
+    (seconds) is for all of them, or for each one in another environment.
+    """
+    if env_manager == "local":
+        asked: Asked = _in_a_child(_ask, path, tuple(bodies), timeout=timeout)
+        return asked
+    replies = []
+    for body in bodies:
+        try:
+            replies.append((_answer_in_own_environment(path, body, env_manager, timeout), ""))
+        except ScoreError as error:
+            replies.append(("", str(error)))
+    return Asked(tuple(replies))
+
+
+def _in_a_child(function: Callable[..., tuple[Any, str]], *arguments: Any, timeout: float) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        future = pool.submit(_score, path, parquet, drop)
+        future = pool.submit(function, *arguments)
         try:
             answer, error = future.result(timeout)
         except BrokenProcessPool as broken:
@@ -65,19 +105,25 @@ def score_in_own_environment(
     """As `score`, by `mlflow models predict` in an environment with the model's own requirements."""
     import numpy as np
 
+    if parquet is None:
+        example = path / "serving_input_example.json"
+        if not example.exists():
+            raise ScoreError("it has no input example: log the model with `input_example=...`")
+        body = example.read_text()
+    else:
+        import pandas as pd
+
+        rows = pd.read_parquet(parquet)
+        rows = rows.drop(columns=drop) if drop else rows
+        body = '{"dataframe_split": ' + rows.to_json(orient="split", index=False) + "}"
+    return np.asarray(json.loads(_answer_in_own_environment(path, body, env_manager, timeout))["predictions"])
+
+
+def _answer_in_own_environment(path: Path, body: str, env_manager: str, timeout: float) -> str:
+    """The answer to one request, as JSON text."""
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "asked.json", Path(folder) / "answered.json"
-        if parquet is None:
-            example = path / "serving_input_example.json"
-            if not example.exists():
-                raise ScoreError("it has no input example: log the model with `input_example=...`")
-            asked.write_bytes(example.read_bytes())
-        else:
-            import pandas as pd
-
-            rows = pd.read_parquet(parquet)
-            rows = rows.drop(columns=drop) if drop else rows
-            asked.write_text('{"dataframe_split": ' + rows.to_json(orient="split", index=False) + "}")
+        asked.write_text(body)
         if env_manager != "local":
             made = _mlflow("prepare-env", "-m", str(path), env_manager=env_manager, timeout=3 * timeout)
             if made.returncode:
@@ -90,7 +136,7 @@ def score_in_own_environment(
             raise ScoreError(f"the model gave no answer within {timeout:.0f} s") from late
         if done.returncode or not answered.exists():
             raise ScoreError(_last(done))
-        return np.asarray(json.loads(answered.read_text())["predictions"])
+        return answered.read_text()
 
 
 def _mlflow(*words: str, env_manager: str, timeout: float) -> "subprocess.CompletedProcess[str]":
@@ -131,3 +177,40 @@ def _score(path: Path, parquet: Path | None, drop: str | None) -> tuple[Any, str
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = str(error).strip().splitlines() or [""]
         return None, f"{type(error).__name__}: {text[0]} ({Path(last.filename).name}:{last.lineno})"
+
+
+def _ask(path: Path, bodies: Sequence[str]) -> tuple[Asked | None, str]:
+    """Runs in the child: MLflow's own scoring server, without the server."""
+    try:
+        os.environ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT"] = "true"  # models look at it
+        import mlflow.pyfunc
+        from mlflow.pyfunc.scoring_server import invocations
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # its hints are for who wrote the request
+        model = mlflow.pyfunc.load_model(str(path))
+        schema = model.metadata.get_input_schema()
+    except Exception as error:  # noqa: BLE001 - whatever a model raises is a finding, told in one line
+        return None, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    replies = []
+    for body in bodies:
+        try:
+            answer = invocations(body, "application/json", model, schema)
+            replies.append((answer.response, "") if answer.status == 200 else ("", str(answer.response)))
+        except Exception as error:  # noqa: BLE001 - as above
+            replies.append(("", _refusal(error)))
+    return Asked(tuple(replies), _classes(model)), ""
+
+
+def _refusal(error: Exception) -> str:
+    """The line of MLflow's error that says why: its first ones repeat the request."""
+    trace = str(getattr(error, "json_kwargs", {}).get("stack_trace") or "").strip().splitlines()
+    if trace:
+        return next((line for line in reversed(trace) if re.match(r"[\w.]+: ", line)), trace[-1])
+    return (str(error).rsplit("\nError: ", 1)[-1].rsplit(". Error: ", 1)[-1].strip().splitlines() or [""])[0]
+
+
+def _classes(model: Any) -> tuple[Any, ...] | None:
+    with suppress(Exception):  # a raw model may be anything, and none at all
+        labels = model.get_raw_model().classes_
+        return tuple(json.loads(json.dumps(getattr(labels, "tolist", lambda: list(labels))())))
+    return None
