@@ -229,6 +229,28 @@ def reference(version: Registered, home: Path) -> Path:
         raise Mistake(f"{version.name} has no reference features: {hint}") from error
 
 
+SUITE = "reference/suite.json"
+"""Where a version's run keeps an expectation suite that people edited."""
+
+
+def suite(version: Registered, home: Path) -> Path | None:
+    """The expectation suite that people logged into the version's run; None where they did not."""
+    import mlflow.artifacts
+
+    if version.run_id is None or SUITE not in (f.path for f in client().list_artifacts(version.run_id, "reference")):
+        return None
+    into = home / "references" / version.model / version.number
+    into.mkdir(parents=True, exist_ok=True)
+    return Path(mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path=SUITE, dst_path=str(into)))
+
+
+def log_suite(version: Registered, text: str) -> None:
+    """Keep an expectation suite in the version's run. Raises `Mistake` where it has none."""
+    if version.run_id is None:
+        raise Mistake(f"{version.name} has no run to keep a suite in: name the file in the policy (`suite:`) instead")
+    client().log_text(version.run_id, text, SUITE)
+
+
 def links(version: Registered, uri: str) -> dict[str, str]:
     """Addresses of a version's pages in the MLflow UI."""
     pages = {"version": f"{uri}/#/models/{version.model}/versions/{version.number}"}

@@ -1,5 +1,6 @@
 """Expectation suites: same data passes, broken features fail in a sentence, and a broken suite errs."""
 
+import decimal
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from validations.columns import Columns
 from validations.expectations import (
     Allowance,
     ExpectationError,
@@ -246,3 +248,83 @@ def test_validation_says_nothing_on_the_terminal(suite, capfd):
     validate(suite, BROKEN["numbers as text"][0])
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_a_parquet_file_is_read_as_the_frame_it_holds(suite, tmp_path):
+    """A file held against a suite column by column gives the report of the frame, and so does a suite made of it."""
+    path = tmp_path / "features.parquet"
+    frame = flights(3000, 3).set_index("hour", drop=False).rename_axis("row")
+    frame.assign(distance=frame.distance * 1.609).to_parquet(path)
+    again = pd.read_parquet(path)
+    assert validate(suite, path) == validate(suite, again)
+    assert {result.column for result in validate(suite, path).unmet} == {"distance"}
+    assert suite_from(path, "s") == suite_from(again, "s")
+    (tmp_path / "x.parquet").write_text("no")
+    with pytest.raises(ValueError, match="no parquet file"):
+        validate(suite, tmp_path / "x.parquet")
+
+
+def test_expectations_about_several_columns_see_them_together():
+    """A pair, a list, a condition on another column and the whole table are asked of the columns they need."""
+    frame = pd.DataFrame({"a": [1, 2, 3], "b": [2, 3, 1], "c": ["x", "y", "y"]})
+    together = [
+        {"type": "expect_column_pair_values_a_to_be_greater_than_b", "kwargs": {"column_A": "b", "column_B": "a", "mostly": 0.5}},
+        {"type": "expect_compound_columns_to_be_unique", "kwargs": {"column_list": ["a", "c"]}},
+        between("a", 1, 1) | {"kwargs": {"column": "a", "min_value": 1, "max_value": 1, "row_condition": "c == 'x'", "condition_parser": "pandas"}},
+        {"type": "expect_table_row_count_to_equal", "kwargs": {"value": 3}},
+        {"type": "expect_table_row_count_to_equal", "kwargs": {"value": 4}},
+        between("b", 1, 3),
+    ]  # fmt: skip
+    report = validate({"name": "s", "expectations": together, "meta": {}}, frame)
+    told = [result for result in report.results if result.expectation != "column_to_exist"]
+    assert [result.success for result in told] == [True, True, True, True, False, True]
+    missing = validate({"name": "s", "expectations": together[:2], "meta": {}}, frame.drop(columns="c"))
+    assert [result.sentence for result in missing.unmet] == ["'c' is missing"]
+
+
+def test_decimals_and_numbers_of_pandas_own_are_numbers(tmp_path):
+    """Decimals (from a database), nullable integers and arrow numbers meet the suite of the floats they stand for."""
+    values = [float(n % 50) for n in range(1000)]
+    suite = suite_from(pd.DataFrame({"x": values}), "s")
+    series = {
+        "decimal": pd.Series([decimal.Decimal(str(v)) for v in values], dtype=object),
+        "nullable": pd.Series(values).astype("Int64").mask(pd.Series(values) < 0),
+        "arrow": pd.Series(values).astype("double[pyarrow]"),
+        "integer": pd.Series(values).astype(int),
+    }
+    for kind, column in series.items():
+        frame = pd.DataFrame({"x": column})
+        assert [result.sentence for result in validate(suite, frame).unmet] == [], kind
+        assert {r.column for r in validate(suite, pd.DataFrame({"x": column * 3})).unmet} == {"x"}, kind
+        assert suite_from(frame, "s")["meta"]["titleshot"]["families"] == {"x": "number"}
+
+
+@pytest.mark.parametrize(
+    ("law", "scale"), [("normal", 1.609344), ("normal", 1 / 1.609344), ("lognormal", 1.609344), ("t2", 1.609344)]
+)
+def test_another_unit_is_caught_and_other_rows_are_not(law, scale):
+    """Kilometres for miles fail also where tails are heavy or the mean is nothing; resampled rows pass."""
+    laws = {
+        "normal": lambda random, n: random.normal(size=n),
+        "lognormal": lambda random, n: random.lognormal(0, 1, n),
+        "t2": lambda random, n: random.standard_t(2, n),
+    }
+    random = np.random.default_rng(3)
+    suite = suite_from(pd.DataFrame({"x": laws[law](random, 50_000)}), "s")
+    other = pd.DataFrame({"x": laws[law](random, 5000)})
+    assert validate(suite, other).unmet == ()
+    assert validate(suite, other * scale).unmet != ()
+
+
+def test_a_sample_of_columns_holds_the_same_rows(tmp_path):
+    """However a large file is sampled, column by column or in one call, its rows stay together."""
+    frame = pd.DataFrame({"a": range(1000), "b": range(1000, 2000), "c": "x"})
+    frame.to_parquet(tmp_path / "f.parquet")
+    for columns in (Columns(frame), Columns(tmp_path / "f.parquet")):
+        assert (columns.names, columns.rows, columns.without(["a"])) == (["a", "b", "c"], 1000, ["b", "c"])
+        some = columns.read(["a", "b"], at_most=50)
+        assert len(some) == 50
+        assert (some["b"] - some["a"] == 1000).all()
+        assert columns.one("a", at_most=50).tolist() == some["a"].tolist()
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        Columns(pd.DataFrame([[1, 2]], columns=["a", "a"]))
