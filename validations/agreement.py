@@ -1,25 +1,31 @@
-"""Whether two models give the same answers: pairs of answers to the same request, compared field by field.
+"""Whether two models give the same answers: pairs of answers to the same request, counted as they come.
 
 Pure, and bounded in memory: a pair is reduced to counts as soon as both halves are there. The unit is the
 request, however many rows it holds: rows of one request are seldom independent.
 """
 
 import heapq
-import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-from validations.policy import Tolerance
-from validations.statistics import proportion, worst_of
+import orjson
+
+from validations.compare import SHAPE, Comparison, parsed, predictions
+from validations.gates import Tolerance
+from validations.redact import Redaction
+from validations.slices import Slice, Slices, worst
+from validations.statistics import proportion
 from validations.verdict import Measurement, Value
 
 Side = Literal["champion", "challenger"]
-SHAPE = "shape"
-"""The field that disagrees when status, row count, keys or kinds differ, or an answer cannot be read."""
-_MISSING = object()
+_EXCERPT = 2000
+_KEPT_BYTES = 64_000_000
+"""Of all kept pairs together."""
+_SESSIONS = 100_000
+_Table = tuple[list[str], Sequence[Sequence[Any]]]
+_NOTHING: _Table = [], ()
 
 
 class Example(Value):
@@ -33,8 +39,7 @@ class Example(Value):
     request: str = ""
 
 
-@dataclass(slots=True)
-class _Half:
+class _Half(NamedTuple):
     status: int
     answer: bytes
     request: bytes | None
@@ -43,14 +48,18 @@ class _Half:
 class Pairing:
     """Fed with answers as they come, in any order; tells how often the two models disagree.
 
-    Numbers a (champion's) and b agree when |a - b| <= abs + rel * |a|; everything else must be equal.
-    `tolerances` go by field, "*" for every other one (default: rel 1e-6, abs 1e-9). Fields are `prediction`
-    for scalar rows, `[0]`, `[1]`, ... for rows that are lists, the keys of rows that are objects.
+    How fields are compared is said by `tolerances` (`compare.Comparison`), which columns of the request
+    disagreement is split by in `slices`, `find_slices` and `min_slice` (`slices.Slices`). Values of what is named in
+    `redact` never leave: not in examples, not in kept pairs, not in the names of slices.
 
-    `slices` are columns of the request; only values with `min_slice` pairs are judged, the others of a column
-    are pooled as "other". At most `max_waiting` halves wait for the other one (the oldest is given up as
-    unpaired), and `examples` pairs are kept whole. A request id that comes twice from one side is counted
-    in `duplicated`, and not compared unless its pair already was.
+    `once_per` is a column of the request (a session, a user): of each value only the first pair counts, the others
+    are counted in `repeated` and not compared, since what one user asks is not independent. Requests without a value
+    each count; of the values, so many of the latest are remembered that memory stays bounded.
+
+    At most `max_waiting` halves of each side wait for the other one, and at most `max_bytes` of them in all (the
+    oldest is given up as unpaired); `examples` pairs are kept whole, and the first `keep_pairs` are kept as predictions
+    (`kept`). A request id that comes twice from one side is counted in `duplicated`, and not compared unless its
+    pair already was.
     """
 
     def __init__(
@@ -58,28 +67,40 @@ class Pairing:
         *,
         tolerances: Mapping[str, Tolerance] | None = None,
         slices: Sequence[str] = (),
+        find_slices: bool = False,
         min_slice: int = 30,
+        once_per: str = "",
+        redact: Sequence[str] = (),
+        keep_pairs: int = 0,
         max_waiting: int = 10_000,
+        max_bytes: int = 256_000_000,
         max_slices: int = 1_000,
         examples: int = 10,
     ) -> None:
         self.pairs = 0
         self.disagreements = 0
         self.duplicated = 0
+        self.repeated = 0
         self.fields: Counter[str] = Counter()
         """How many requests each field disagreed in."""
-        self._tolerances = dict(tolerances or {})
-        self._otherwise = self._tolerances.pop("*", Tolerance(abs=1e-9, rel=1e-6))
-        self._slices = tuple(slices)
-        self._seen_columns: set[str] = set()
-        self._min_slice, self._max_waiting, self._max_slices = min_slice, max_waiting, max_slices
-        self._by_slice: dict[str, dict[str, list[int]]] = {column: {} for column in self._slices}
-        self._waiting: dict[Side, dict[str, _Half]] = {"champion": {}, "challenger": {}}
-        self._void: dict[tuple[Side, str], None] = {}
-        self._done: dict[str, None] = {}
+        self._comparison = Comparison(tolerances)
+        self._redaction = Redaction(redact)
+        self._slices: Slices | None = None
+        if slices or find_slices:
+            self._slices = Slices(slices, find=find_slices, min_slice=min_slice, values=max_slices, redact=redact)
+        self._min_slice, self._max_waiting = min_slice, max_waiting
+        self._once_per, self._once_per_seen = once_per, False
+        self._sessions = _Recent(_SESSIONS)
+        self._reads_requests = bool(self._slices or once_per)
+        self._waiting: dict[Side, OrderedDict[str, _Half]] = {"champion": OrderedDict(), "challenger": OrderedDict()}
+        self._void = _Recent(max_waiting)
+        self._done = _Recent(max_waiting)
+        self._max_bytes, self._waiting_bytes = max_bytes, 0
         self._given_up = 0
-        self._kept = examples
+        self._most_examples = examples
         self._examples: list[tuple[float, int, Example]] = []
+        self._keep_pairs, self._kept_bytes = keep_pairs, 0
+        self._kept: list[tuple[str, bytes | None, bytes | None]] = []
 
     @property
     def unpaired(self) -> int:
@@ -91,170 +112,196 @@ class Pairing:
         """The pairs that disagreed most, the largest difference first."""
         return [example for *_, example in sorted(self._examples, key=lambda kept: kept[:2], reverse=True)]
 
+    def kept(self) -> Iterator[str]:
+        """The kept pairs as lines of JSON, for labels that come later (`labels.read_pairs`): the request's id, and both
+        answers reduced to their predictions, row by row; null where there was no such answer.
+        """
+        for request_id, *answers in self._kept:
+            champion, challenger = (self._predictions(answer) for answer in answers)
+            line = {"id": request_id, "champion": champion, "challenger": challenger}
+            yield orjson.dumps(line).decode()
+
     def add(self, side: Side, request_id: str, status: int, answer: bytes, request: bytes | None = None) -> None:
         """Take one answer: its HTTP status and body, and the request's body (needed once, from either side,
-        where there are slices).
+        where there are slices or `once_per`, and for examples).
         """
         other: Side = "challenger" if side == "champion" else "champion"
-        mine, theirs = self._waiting[side], self._waiting[other]
-        if request_id in mine or request_id in self._done or (side, request_id) in self._void:
+        mine = self._waiting[side]
+        if request_id in mine or request_id in self._done or (self._void and (side, request_id) in self._void):
             self.duplicated += 1
-            if mine.pop(request_id, None) is not None:
-                _remember(self._void, (side, request_id), self._max_waiting)
+            if (void := mine.pop(request_id, None)) is not None:
+                self._waiting_bytes -= _size(void)
+                self._void.add((side, request_id))
             return
-        if (other, request_id) in self._void:
+        if self._void and (other, request_id) in self._void:
             self._given_up += 1
             return
         half = _Half(status, answer, request)
-        if request_id not in theirs:
+        theirs = self._waiting[other].pop(request_id, None)
+        if theirs is None:
             mine[request_id] = half
-            if len(mine) > self._max_waiting:
-                del mine[next(iter(mine))]
+            self._waiting_bytes += _size(half)
+            while mine and (len(mine) > self._max_waiting or self._waiting_bytes > self._max_bytes):
+                self._waiting_bytes -= _size(mine.popitem(last=False)[1])
                 self._given_up += 1
             return
-        _remember(self._done, request_id, self._max_waiting)
-        pair = {side: half, other: theirs.pop(request_id)}
-        self._compare(request_id, pair["champion"], pair["challenger"])
+        self._waiting_bytes -= _size(theirs)
+        self._done.add(request_id)
+        if side == "champion":
+            self._compare(request_id, half, theirs)
+        else:
+            self._compare(request_id, theirs, half)
 
-    def measurements(self, confidence: float) -> dict[str, Measurement]:
-        """`pairs`, `unpaired` and `duplicated` (exact); with pairs, `disagreement` (Clopper-Pearson over the
-        pairs) and, with slices, `slice_disagreement`: of the worst slice, named in `where`.
+    def measurements(self, confidence: float, at: Sequence[float] = ()) -> dict[str, Measurement]:
+        """`pairs`, `unpaired` and `duplicated` (exact; with `once_per` also `repeated`); with pairs, `disagreement`
+        (Clopper-Pearson over the pairs) and, with slices, `slice_disagreement`: of the worst slice, named in `where`.
 
-        Its interval holds the highest disagreement of all judged slices (`statistics.worst_of`); its sample
-        is all pairs; while no slice is large enough it is [0, 1], undecided. Raises ValueError when no
-        request carries one of the columns to slice by: a misspelt one would otherwise look like agreement.
+        The second is `slices.worst`, half of 1 - `confidence` for each end: it holds at every moment at once. `at` is
+        the bound that it will be held against. While no slice is large enough it is [0, 1], undecided. Raises
+        ValueError when no request carries one of the columns that were named: a misspelt one would otherwise look like
+        agreement.
         """
         measured = {
             "pairs": Measurement.exact(self.pairs),
             "unpaired": Measurement.exact(self.unpaired),
             "duplicated": Measurement.exact(self.duplicated),
         }
+        if self._once_per:
+            measured["repeated"] = Measurement.exact(self.repeated)
         if not self.pairs:
             return measured
+        if self._once_per and not self._once_per_seen:
+            raise ValueError(f"no request carries the column '{self._once_per}', to count once per")
         overall = proportion(self.disagreements, self.pairs, confidence)
         fields = ", ".join(f"{field} in {count:,}" for field, count in self.fields.most_common(3))
         measured["disagreement"] = overall.model_copy(update={"note": fields})
-        if self._slices:
-            measured["slice_disagreement"] = self._worst(confidence)
+        if self._slices is not None:
+            measured["slice_disagreement"] = self.worst_slice((1 - confidence) / 2, (1 - confidence) / 2, at)
         return measured
+
+    def table(self) -> list[Slice]:
+        """The slices that are large enough to be judged, for `slices.worst`, `evidence` and `culprits`. Raises
+        ValueError when no request carries one of the columns to slice by.
+        """
+        if self._slices is None:
+            return []
+        for column in self._slices.unseen if self.pairs else ():
+            raise ValueError(f"no request carries the column '{column}', to split disagreement by")
+        return self._slices.table()
 
     def by_slice(self) -> list[tuple[str, str, int, int]]:
         """What is judged: (column, value, disagreements, pairs), worst rate first."""
-        rows = []
-        for column, values in self._by_slice.items():
-            others = others_differing = 0
-            for value, (k, n) in values.items():
-                if n >= self._min_slice and value != "other":
-                    rows.append((column, value, k, n))
-                else:
-                    others, others_differing = others + n, others_differing + k
-            if others >= self._min_slice:
-                rows.append((column, "other", others_differing, others))
-        return sorted(rows, key=lambda row: (-row[2] / row[3], -row[3], row[0], row[1]))
+        return [] if self._slices is None else self._slices.by_slice()
 
-    def _worst(self, confidence: float) -> Measurement:
-        for column in self._slices:
-            if column not in self._seen_columns:
-                raise ValueError(f"no request carries the column '{column}', to split disagreement by")
-        judged = [(f"{column} = {value}", k, n) for column, value, k, n in self.by_slice()]
-        if not judged:
+    def worst_slice(self, alpha_bad: float, alpha_good: float, at: Sequence[float] = ()) -> Measurement:
+        """`slices.worst` of all judged slices; [0, 1] while there is none. Raises as `table`."""
+        table = self.table()
+        if not table:
             note = f"no slice has {self._min_slice} pairs yet"
-            return Measurement(value=self.disagreements / self.pairs, low=0, high=1, sample=self.pairs, note=note)
-        _, worst = worst_of(judged, confidence)
-        return worst.model_copy(update={"sample": self.pairs})
+            value = self.disagreements / self.pairs if self.pairs else 0.0
+            return Measurement(value=value, low=0, high=1, sample=self.pairs, note=note)
+        return worst(table, alpha_bad, alpha_good, pairs=self.pairs, at=at)
 
     def _compare(self, request_id: str, champion: _Half, challenger: _Half) -> None:
+        columns, cells = _NOTHING
+        if self._reads_requests:
+            columns, cells = _table(champion.request or challenger.request)
+            if self._once_per and self._repeats(columns, cells):
+                self.repeated += 1
+                return
         self.pairs += 1
         differing: dict[str, float] = {}
-        rows: set[int] | None = set()  # None: all of them
+        rows: Collection[int] | None = ()  # None: all of them
         if champion.status != challenger.status:
             differing[SHAPE], rows = math.inf, None
         elif champion.status < 300 and champion.answer != challenger.answer:
-            rows = self._answers(champion.answer, challenger.answer, differing)
+            rows = self._comparison.answers(champion.answer, challenger.answer, differing)
         if differing:
             self.disagreements += 1
-            self.fields.update(self._bounded(differing))
-            self._keep(request_id, differing, champion, challenger)
-        if self._slices:
-            self._slice(champion.request or challenger.request, rows)
+            self.fields.update({f if f in self.fields or len(self.fields) < 200 else "other" for f in differing})
+            self._keep_example(request_id, differing, champion, challenger)
+        if self._slices is not None:
+            self._slices.add(columns, cells, rows)
+        if len(self._kept) < self._keep_pairs:
+            self._keep_predictions(request_id, champion, challenger)
 
-    def _bounded(self, differing: Mapping[str, float]) -> set[str]:
-        return {f if f in self.fields or len(self.fields) < 200 else "other" for f in differing}
+    def _repeats(self, columns: list[str], cells: Sequence[Sequence[Any]]) -> bool:
+        """Whether this request's session had a pair before."""
+        if self._once_per not in columns:
+            return False
+        self._once_per_seen = True
+        value = cells[0][columns.index(self._once_per)] if cells else None
+        if value is None:
+            return False
+        key = hash(value if isinstance(value, str) else str(value))
+        if key in self._sessions:
+            return True
+        self._sessions.add(key)
+        return False
 
-    def _answers(self, a: bytes, b: bytes, differing: dict[str, float]) -> set[int] | None:
-        """Fill `differing` (field -> difference); the rows it touches, None for all."""
-        try:
-            one, two = _rows(a), _rows(b)
-        except ValueError:
-            one, two = None, []
-        if one is None or len(one) != len(two):
-            differing[SHAPE] = math.inf
-            return None
-        touched = set()
-        for at, (x, y) in enumerate(zip(one, two, strict=True)):
-            for field, difference in self._values(x, y, ""):
-                touched.add(at)
-                differing[field] = max(difference, differing.get(field, 0.0))
-        return touched
-
-    def _values(self, a: Any, b: Any, path: str) -> Iterator[tuple[str, float]]:
-        """The fields under `path` in which `a` and `b` differ, and by how much."""
-        if a.__class__ in (int, float) and b.__class__ in (int, float):
-            name = path or "prediction"
-            difference = _apart(a, b, self._tolerances.get(name, self._otherwise))
-            if difference:
-                yield name, difference
-        elif a.__class__ is not b.__class__:
-            yield SHAPE, math.inf
-        elif isinstance(a, dict | list):
-            keys: Any = a.keys() if isinstance(a, dict) else range(len(a))
-            others: Any = b.keys() if isinstance(b, dict) else range(len(b))
-            if keys != others:
-                yield SHAPE, math.inf
-                return
-            for key in keys:
-                inner = f"[{key}]" if isinstance(a, list) else f".{key}" if path else key
-                yield from self._values(a[key], b[key], path + inner)
-        elif a != b:
-            yield path or "prediction", math.inf
-
-    def _slice(self, request: bytes | None, rows: set[int] | None) -> None:
-        try:
-            cells = request_rows(request or b"")
-        except ValueError:
-            cells = []
-        for column, counts in self._by_slice.items():
-            bad: dict[str, bool] = {}
-            for at, row in enumerate(cells):
-                value = row.get(column, _MISSING)
-                if value is not _MISSING:
-                    self._seen_columns.add(column)
-                label = "missing" if value is None or value is _MISSING else str(value)
-                bad[label] = bad.get(label, False) or rows is None or at in rows
-            if not cells:
-                bad["missing"] = rows is None or bool(rows)
-            for label, disagrees in bad.items():
-                known = label if label in counts or len(counts) < self._max_slices else "other"
-                tally = counts.setdefault(known, [0, 0])
-                tally[0] += disagrees
-                tally[1] += 1
-
-    def _keep(self, request_id: str, differing: Mapping[str, float], champion: _Half, challenger: _Half) -> None:
+    def _keep_example(
+        self, request_id: str, differing: Mapping[str, float], champion: _Half, challenger: _Half
+    ) -> None:
         field, difference = max(differing.items(), key=lambda item: item[1])
-        if len(self._examples) >= self._kept and (not self._kept or difference <= self._examples[0][0]):
+        if len(self._examples) >= self._most_examples and (
+            not self._most_examples or difference <= self._examples[0][0]
+        ):
             return
+        request = champion.request or challenger.request or b""
         example = Example(
             request_id=request_id,
             field=field,
             difference=difference,
-            champion=_excerpt(champion),
-            challenger=_excerpt(challenger),
-            request=(champion.request or challenger.request or b"")[:2000].decode(errors="replace"),
+            champion=self._excerpt(champion),
+            challenger=self._excerpt(challenger),
+            request=self._redaction.request(request, _EXCERPT) if request else "",
         )
         # Of equal differences the earlier stays: the counter falls.
         heapq.heappush(self._examples, (difference, -self.pairs, example))
-        if len(self._examples) > self._kept:
+        if len(self._examples) > self._most_examples:
             heapq.heappop(self._examples)
+
+    def _excerpt(self, half: _Half) -> str:
+        return f"{half.status} {self._redaction.answer(half.status, half.answer, _EXCERPT)}"
+
+    def _keep_predictions(self, request_id: str, champion: _Half, challenger: _Half) -> None:
+        one = champion.answer if champion.status < 300 else None
+        two = challenger.answer if challenger.status < 300 else None
+        self._kept_bytes += len(one or b"") + len(two or b"")
+        if self._kept_bytes > _KEPT_BYTES:
+            self._keep_pairs = 0  # the first ones stay: choosing among them would bias them
+            return
+        self._kept.append((request_id, one, two))
+
+    def _predictions(self, answer: bytes | None) -> list[Any] | None:
+        try:
+            return None if answer is None else self._redaction.rows(predictions(answer))
+        except (ValueError, RecursionError):
+            return None
+
+
+def _size(half: _Half) -> int:
+    return len(half.answer) + len(half.request or b"")
+
+
+class _Recent:
+    """Remembers at least the latest `most` things, and at most twice as many."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._new: set[Any] = set()
+        self._old: set[Any] = set()
+
+    def __contains__(self, thing: object) -> bool:
+        return thing in self._new or thing in self._old
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._old)
+
+    def add(self, thing: object) -> None:
+        self._new.add(thing)
+        if len(self._new) >= self._most:
+            self._old, self._new = self._new, set()
 
 
 def request_rows(body: bytes | str) -> list[dict[str, Any]]:
@@ -263,7 +310,38 @@ def request_rows(body: bytes | str) -> list[dict[str, Any]]:
     Takes `dataframe_split`, `dataframe_records`, `instances` (list of objects) and `inputs` (columns, or a
     list of objects). Raises ValueError for anything else, or for what is not JSON.
     """
-    data = json.loads(body)
+    return _request_rows(parsed(body))
+
+
+def request_table(body: bytes | str) -> _Table:
+    """The same as `request_rows`: the names of the columns, and for each row a list of values, None for none."""
+    data = parsed(body)
+    split = data.get("dataframe_split") if isinstance(data, dict) else None
+    if isinstance(split, dict):
+        columns, values = split.get("columns"), split.get("data")
+        if (
+            isinstance(columns, list)
+            and isinstance(values, list)
+            and all(column.__class__ is str for column in columns)
+            and all(row.__class__ is list and len(row) == len(columns) for row in values)
+        ):
+            return columns, values
+    rows = _request_rows(data)
+    if len(rows) == 1:
+        return list(map(str, rows[0])), [list(rows[0].values())]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return list(map(str, keys)), [[row.get(key) for key in keys] for row in rows]
+
+
+def _table(request: bytes | None) -> _Table:
+    """A request's table; nothing where it cannot be read."""
+    try:
+        return request_table(request) if request else _NOTHING
+    except ValueError:
+        return _NOTHING
+
+
+def _request_rows(data: Any) -> list[dict[str, Any]]:
     if isinstance(data, dict):
         if isinstance(split := data.get("dataframe_split"), dict):
             try:
@@ -279,29 +357,3 @@ def request_rows(body: bytes | str) -> list[dict[str, Any]]:
                 length = max(map(len, lists.values()), default=0)
                 return [{n: v[at] for n, v in lists.items() if at < len(v)} for at in range(length)]
     raise ValueError("no rows here: none of dataframe_split, dataframe_records, instances, inputs")
-
-
-def _apart(a: float, b: float, tolerance: Tolerance) -> float:
-    """How far apart, 0 within the tolerance; NaN agrees with NaN alone, and inf with inf."""
-    difference = abs(a - b)
-    if math.isnan(difference):
-        return 0.0 if a == b or (math.isnan(a) and math.isnan(b)) else math.inf
-    return 0.0 if difference <= tolerance.abs + tolerance.rel * abs(a) and difference < math.inf else difference
-
-
-def _rows(answer: bytes) -> list[Any]:
-    """The predictions of an answer, row by row; the answer itself is the only row where it has no list."""
-    data = json.loads(answer)
-    if isinstance(data, dict) and "predictions" in data:
-        data = data["predictions"]
-    return data if isinstance(data, list) else [data]
-
-
-def _excerpt(half: _Half) -> str:
-    return f"{half.status} {half.answer[:2000].decode(errors='replace')}"
-
-
-def _remember(seen: dict[Any, None], key: Any, most: int) -> None:
-    seen[key] = None
-    if len(seen) > most:
-        del seen[next(iter(seen))]
