@@ -1,5 +1,5 @@
-"""A run as plain data, for evidence and plots. Percentiles come from the raw latencies, never from Locust,
-which rounds to two digits (99.6 ms become 100, 1,049 become 1,000).
+"""A run as plain data, for evidence, plots and paired comparison; from the raw latencies, never from Locust's own
+percentiles, which are rounded to two digits (99.6 ms become 100, 1,049 become 1,000).
 """
 
 import math
@@ -8,27 +8,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtests.run import Result, Target
+from loadtests.run import Result
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """Counts, quantiles and the generator's own health, JSON-able; infinite latencies are null.
+    """The run as evidence, JSON-able: `{"started", "seconds", "load": {name: {"requests", "failures", "reasons",
+    "versions", "latencies_ms"}}, "generator": {"lateness_ms": {"p50", ...}, "cpu"}, "failures": [first 20]}`
 
-    `{"seconds", "targets": {name: {"sent", "failed", "reasons", "versions", "quantiles_ms": {"p50", ...}}},
-    "generator": {"lateness_ms": {...}, "cpu"}, "failures": [first 20]}`
+    `latencies_ms` are sorted, and of the answered requests only. A quantile that is infinite is null.
     """
     return {
         "started": result.started,
         "seconds": result.seconds,
-        "targets": {
+        "load": {
             name: {
-                "sent": target.sent,
-                "failed": target.failed,
+                "requests": target.sent,
+                "failures": target.failed,
                 "reasons": dict(target.reasons),
                 "versions": dict(target.versions),
-                "quantiles_ms": _quantiles(target.latencies),
+                "latencies_ms": [
+                    round(1000 * seconds, 3) for seconds in np.sort(target.latencies).tolist() if seconds < math.inf
+                ],
             }
             for name, target in result.targets.items()
         },
@@ -37,18 +39,23 @@ def summary(result: Result) -> dict[str, Any]:
     }
 
 
-def curve(target: Target, points: int = 200) -> dict[str, list[float]]:
-    """The latency distribution of the answered requests for a plot: `{"share": [...], "ms": [...]}`.
+def slices(result: Result, seconds: float) -> list[dict[str, NDArray[np.float64]]]:
+    """The run cut into slices of that many seconds: for each, every target's latencies (failures are +inf).
 
-    `share` of all requests, failed ones included, were answered within `ms`; it ends below 1 where
-    some failed. At most `points` pairs, evenly spread over the shares, the first and last always there.
+    A request belongs to the slice of its *intended* start, so a stall stays where it began. Both targets were
+    under load all the time, turn by turn in random order: what disturbs the machine is in the same slice of
+    both. What is left at the end is part of the last whole slice; a run shorter than one slice is one.
     """
-    answered = np.sort(target.latencies[np.isfinite(target.latencies)]) * 1000
-    if not answered.size:
-        return {"share": [], "ms": []}
-    ranks = np.unique(np.linspace(0, answered.size - 1, min(points, answered.size)).round().astype(int))
-    shares = (ranks + 1) / target.latencies.size
-    return {"share": [float(s) for s in shares], "ms": [float(ms) for ms in answered[ranks]]}
+    if not seconds > 0:
+        raise ValueError(f"a slice lasts longer than {seconds:g} s")
+    # A run lasts a little longer than its plan, or (the clock's grain) a hair less.
+    count = max(1, math.floor(result.seconds / seconds + 0.001))
+    cut: list[dict[str, NDArray[np.float64]]] = [{} for _ in range(count)]
+    for name, target in result.targets.items():
+        place = np.minimum((target.at / seconds).astype(np.int64), count - 1)
+        for number, slice_ in enumerate(cut):
+            slice_[name] = target.latencies[place == number]
+    return cut
 
 
 def _quantiles(seconds: NDArray[np.float64]) -> dict[str, float | None]:

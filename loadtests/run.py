@@ -7,6 +7,7 @@ to the *requests* is a result, even when all of them fail; whatever happens to t
 
 import contextlib
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 MAX_REQUESTS = 2_000_000
 _START = 60.0  # how long Locust may take to start: 2 s when nothing else runs
 _GRACE = 30.0  # and how long beyond its plan it may take to end
+_LOOK = 1.0  # how often a caller may look around while a run goes on
 _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
@@ -35,25 +37,39 @@ class LoadError(RuntimeError):
     """The generator failed: nothing was learned about the targets."""
 
 
+class Saturated(LoadError):
+    """The generator could not keep up: what it measured is itself. Ask for less."""
+
+
 @dataclass(frozen=True)
 class Profile:
     """What is asked of every target: `rate` requests per second each, for `seconds`.
 
-    `timeout`: seconds within which a request must be answered. `max_lateness`: if more than 1 % of the
-    requests left later than this (seconds), the generator was saturated.
+    `arrivals`: at equal distances; or of a Poisson process with that many requests; or at the `times` of
+    `recorded` ones (seconds after the run's start, growing; `rate` is then only their mean).
+    `timeout`: seconds within which a request must be answered. The generator was saturated if more than 1 %
+    of the requests left later than `max_lateness` (seconds), or if it used more than `max_cpu` of a core.
     """
 
     rate: float
     seconds: float
-    arrivals: Literal["constant", "poisson"] = "constant"
+    arrivals: Literal["constant", "poisson", "recorded"] = "constant"
+    times: tuple[float, ...] = ()
     timeout: float = 10.0
     seed: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     max_lateness: float = 0.1
+    max_cpu: float = math.inf
 
     def __post_init__(self) -> None:
         if not (self.rate > 0 and self.seconds > 0 and self.timeout > 0):
             raise ValueError("rate, seconds and timeout of a load must be positive")
+        if (self.arrivals == "recorded") != bool(self.times):
+            raise ValueError("recorded arrivals have `times`, and others have none")
+        if self.times and not (self.times[0] >= 0 and self.times[-1] < self.seconds):
+            raise ValueError(f"recorded times lie between 0 and the run's {self.seconds:g} s")
+        if any(later < earlier for earlier, later in itertools.pairwise(self.times)):
+            raise ValueError("recorded times grow: sort them, with their requests")
         if self.planned < 1:
             raise ValueError(f"{self.rate:g}/s for {self.seconds:g} s is not one request: ask for more")
         if self.planned > MAX_REQUESTS:
@@ -62,7 +78,7 @@ class Profile:
     @property
     def planned(self) -> int:
         """How many requests each target gets."""
-        return round(self.rate * self.seconds)
+        return len(self.times) or round(self.rate * self.seconds)
 
 
 @dataclass(frozen=True)
@@ -81,12 +97,13 @@ class Target:
     """What became of the requests to one target.
 
     `latencies` are seconds from the intended start to the finish, in the order of finishing; a request that
-    failed or was not answered in time is +inf. `reasons` counts failures, `versions` the answers by
-    their version header.
+    failed or was not answered in time is +inf. `at`, as long, has each one's intended start in seconds after
+    the run's. `reasons` counts failures, `versions` the answers by their version header.
     """
 
     sent: int
     latencies: NDArray[np.float64]
+    at: NDArray[np.float64]
     reasons: Mapping[str, int]
     versions: Mapping[str, int]
 
@@ -98,8 +115,8 @@ class Target:
 
 @dataclass(frozen=True)
 class Result:
-    """One run. `lateness` is how late (seconds) each request left; `cpu` the share of one core that the
-    generator used; `failures` the first 200.
+    """One run. `lateness` is how late (seconds) each request left, in their order; `cpu` the share of one core
+    that the generator used; `failures` the first 200.
     """
 
     started: float
@@ -118,6 +135,11 @@ class Result:
     def failed(self) -> int:
         """Failed requests to all targets."""
         return sum(target.failed for target in self.targets.values())
+
+    @property
+    def late(self) -> float:
+        """The generator's health: 99 % of this run's requests left no later than this (seconds)."""
+        return float(np.quantile(self.lateness, 0.99, method="inverted_cdf")) if self.lateness.size else 0.0
 
 
 class LiveTraffic:
@@ -173,24 +195,34 @@ class LiveTraffic:
         _kill(self.process)
 
 
-def run(profile: Profile, targets: Mapping[str, str], payloads: Path, *, folder: Path | None = None) -> Result:
+def run(
+    profile: Profile,
+    targets: Mapping[str, str],
+    payloads: Path,
+    *,
+    folder: Path | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Result:
     """Put every target (name -> URL to POST to) under `profile`, all of them side by side.
 
     `payloads` has one JSON body a line; every target gets the same ones in the same order. `folder` keeps the
     plan, Locust's log and the raw result (default: a temporary one). Takes `profile.seconds`, plus
-    about 3 s for the start and up to `profile.timeout` for the last answers.
+    about 3 s for the start and up to `profile.timeout` for the last answers. `meanwhile` is called about once
+    a second; what it raises ends the run at once, and is raised here.
 
     Raises ValueError for what cannot be asked: no targets, one that is not on this machine, no payloads.
-    Raises `LoadError` when the generator failed: died, ended early, sent less than planned, or was late.
+    Raises `LoadError` when the generator failed: died, ended early or sent less than planned; `Saturated` when
+    it was late or too busy.
     """
     with contextlib.ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="titleshot-load-")))
         process = _launch(profile, targets, payloads, place)
         stack.callback(_kill, process)
-        try:
-            process.wait(_START + profile.seconds + profile.timeout + _GRACE)
-        except subprocess.TimeoutExpired:
-            raise LoadError("Locust did not end in time, and was killed") from None
+        until = time.monotonic() + _START + profile.seconds + profile.timeout + _GRACE
+        while not _ended(process, _LOOK):
+            if time.monotonic() > until:
+                raise LoadError("Locust did not end in time, and was killed")
+            meanwhile()
         result = _read(process.returncode, place)
     _require_sound(result, profile)
     return result
@@ -221,6 +253,7 @@ def read_result(path: Path) -> Result:
                     [math.inf if seconds is None else seconds for seconds in target["latencies"]],
                     dtype=np.float64,
                 ),
+                at=np.array(target["at"], dtype=np.float64),
                 reasons=target["reasons"],
                 versions=target["versions"],
             )
@@ -256,6 +289,7 @@ def _launch(
         "rate": profile.rate,
         "seconds": profile.seconds,
         "arrivals": profile.arrivals,
+        "times": profile.times,
         "timeout": profile.timeout,
         "seed": profile.seed,
         "headers": dict(profile.headers),
@@ -301,16 +335,27 @@ def _require_sound(result: Result, profile: Profile) -> None:
                 f"Locust sent {target.sent:,} of {profile.planned:,} requests to {name} "
                 f"in {result.seconds:.1f} of {profile.seconds:g} s"
             )
-        if target.latencies.size != target.sent:
+        if target.latencies.size != target.sent or target.at.size != target.sent:
             raise LoadError(f"Locust lost {target.sent - target.latencies.size:,} requests to {name}")
     if result.seconds < profile.seconds - 0.01:
         raise LoadError(f"Locust ended after {result.seconds:.1f} of {profile.seconds:g} s")
-    late = float(np.quantile(result.lateness, 0.99))
-    if late > profile.max_lateness:
-        raise LoadError(
-            f"the generator was saturated: 1 % of its requests left {late * 1000:.0f} ms late or more "
-            f"(at most {profile.max_lateness * 1000:.0f} ms; {result.cpu:.0%} of a core): lower the rate"
+    if result.late > profile.max_lateness:
+        raise Saturated(
+            f"the generator was saturated: 1 % of its requests left {result.late * 1000:.0f} ms late or more "
+            f"(at most {profile.max_lateness * 1000:g} ms; {result.cpu:.0%} of a core): lower the rate"
         )
+    if result.cpu > profile.max_cpu:
+        raise Saturated(
+            f"the generator was saturated: it used {result.cpu:.0%} of a core "
+            f"(at most {profile.max_cpu:.0%}): lower the rate"
+        )
+
+
+def _ended(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
+    """Wait for the process that long; whether it has ended."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.poll() is not None
 
 
 def _wait_begun(process: "subprocess.Popen[bytes]", folder: Path) -> None:

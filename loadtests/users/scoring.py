@@ -6,6 +6,7 @@ and thereby hide the stall. One greenlet keeps the schedule, each request runs i
 
 import contextlib
 import gc
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ class Plan:
         self.rate: float = plan["rate"]
         self.seconds: float = plan["seconds"]
         self.poisson: bool = plan["arrivals"] == "poisson"
+        self.times: list[float] = plan["times"]
         self.timeout: float = plan["timeout"]
         self.seed: int = plan["seed"]
         self.headers: dict[str, str] = {"content-type": "application/json", **plan["headers"]}
@@ -48,18 +50,26 @@ class Plan:
         """When (seconds after the start), to whom, and what.
 
         Every target gets the same payloads in the same order, at the same rate. In each round every
-        target has one turn, in random order, so that none of them always follows another.
+        target has one turn, in random order, so that none of them always follows another; the turns are
+        spread over the round, so that they do not meet at the machine.
         """
         luck = random.Random(self.seed)  # noqa: S311 - a schedule that can be repeated
         names = list(self.targets)
-        total = round(self.rate * self.seconds)
-        gap = 1 / (self.rate * len(names))
-        at = 0.0
-        for turn in range(total):
+        for turn, (at, gap) in enumerate(self.rounds(luck)):
             luck.shuffle(names)
-            for name in names:
-                yield at, name, self.payloads[turn % len(self.payloads)]
-                at += luck.expovariate(1 / gap) if self.poisson else gap
+            for place, name in enumerate(names):
+                yield at + gap * place / len(names), name, self.payloads[turn % len(self.payloads)]
+
+    def rounds(self, luck: random.Random) -> Iterator[tuple[float, float]]:
+        """When each round begins, and how long it lasts: to the next one, for the mean gap at the most."""
+        total, gap = round(self.rate * self.seconds), 1 / self.rate
+        if not (self.poisson or self.times):
+            yield from ((turn * gap, gap) for turn in range(total))
+            return
+        # Given their number, the arrivals of a Poisson process are uniform: so it is exactly the number planned.
+        times = self.times or sorted(luck.uniform(0, self.seconds) for _ in range(total))
+        for at, following in itertools.pairwise([*times, self.seconds]):
+            yield at, min(following - at, gap)
 
 
 class Tally:
@@ -68,6 +78,7 @@ class Tally:
     def __init__(self) -> None:
         self.sent = 0
         self.latencies = array("d")
+        self.at = array("d")
         self.reasons: Counter[str] = Counter()
         self.versions: Counter[str] = Counter()
 
@@ -76,6 +87,7 @@ class Tally:
         return {
             "sent": self.sent,
             "latencies": [None if math.isinf(latency) else latency for latency in self.latencies],
+            "at": list(self.at),
             "reasons": dict(self.reasons),
             "versions": dict(self.versions),
         }
@@ -125,7 +137,7 @@ class Scoring(FastHttpUser):  # type: ignore[misc]
 
     def keep_schedule(self) -> None:
         """Start every request at its time, whatever became of those before it."""
-        origin = time.perf_counter()
+        self.origin = origin = time.perf_counter()
         for at, name, payload in self.plan.arrivals():
             intended = origin + at
             # Even when late: without a pause the answers could not be read.
@@ -161,6 +173,7 @@ class Scoring(FastHttpUser):  # type: ignore[misc]
             reason = _reason(error)
         tally = self.tallies[name]
         tally.latencies.append(math.inf if reason else time.perf_counter() - intended)
+        tally.at.append(intended - self.origin)
         if version:
             tally.versions[version] += 1
         if reason:
