@@ -125,10 +125,12 @@ class Served:
 
     `codes` maps the HTTP status of each attempt to its count; "0" is an attempt that got no answer
     (refused, reset). `errors` are the attempts with code 0 or 500 and above. Latencies are of answered attempts.
+    `units` has the same by replica, where a version has several and the target can tell them apart.
     """
 
     codes: Mapping[str, int] = field(default_factory=dict)
     latency: Histogram = Histogram()
+    units: Mapping[str, "Served"] = field(default_factory=dict)
 
     @property
     def requests(self) -> int:
@@ -148,7 +150,8 @@ class Served:
         codes = {code: count - earlier.codes.get(code, 0) for code, count in self.codes.items()}
         if any(count < 0 for count in codes.values()) or set(earlier.codes) - set(self.codes):
             raise TargetUnavailable("the gateway's counters began anew: it restarted while we measured")
-        return Served(codes, self.latency - earlier.latency)
+        units = {name: unit.since(earlier.units.get(name, Served())) for name, unit in self.units.items()}
+        return Served(codes, self.latency - earlier.latency, units)
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,7 @@ def promote(
     policy: Path,
     version: str | None = None,
     again: Flag = False,
+    anew: Flag = False,
     json_: Json = False,
 ) -> int:
     """Take a challenger through the gates of a policy, to the champion's place or back.
@@ -114,13 +115,14 @@ def promote(
         policy: The policy file.
         version: Version number; the version with the alias `challenger` otherwise.
         again: Admit a version that was rejected before, unchanged.
+        anew: Forget what was observed of this very artifact before; it goes on counting otherwise.
     """
     settings_of.load().connect()
     from flows.promote import promote as flow
     from tasks.progress import listening
 
     with listening(_say):
-        result = flow(model=model, policy=str(policy.resolve()), version=version, again=again)
+        result = flow(model=model, policy=str(policy.resolve()), version=version, again=again, anew=anew)
     if json_:
         _json(result)
     else:
@@ -132,6 +134,87 @@ def promote(
         return FINE
     # The platform's errors are not the challenger's: a caller that waits must tell them apart.
     return ERROR if result["phase"] == "degraded" or result["outcome"] == "errored" else REFUSED
+
+
+@app.command
+def plan(model: str, /, *, policy: Path, rate: float | None = None, json_: Json = False) -> int:
+    """Say what a promotion would need at the present traffic, and what it could see, before anything runs.
+
+    Args:
+        model: Name of the registered model.
+        policy: The policy file.
+        rate: Live requests per second to reckon with; those of the last hour otherwise.
+    """
+    settings = settings_of.load()
+    settings.connect()
+    from tasks import plan as planning
+    from tasks import registry
+    from tasks.policies import read_policy
+    from tasks.stack import settings_target
+
+    if rate is not None and rate <= 0:
+        raise Mistake(f"--rate {rate:g}: requests per second are more than 0", code=WRONG_USE)
+    registry.versions(model)
+    _, asked = read_policy(policy, model)
+    steps = planning.plan(settings_target(settings), asked, registry.aliased(model, registry.CHAMPION), rate)
+    took = planning.usual(model)
+    if json_:
+        _json(planning.as_json(steps, took, policy))
+    else:
+        _print_plan(steps, took)
+    return FINE if all(step.decidable for step in steps) else REFUSED
+
+
+@app.command
+def replay(promotion: str, /, *, policy: Path | None = None, days: int = 365, json_: Json = False) -> int:
+    """Reach past verdicts again from their evidence, or see how they would have been under another policy.
+
+    Args:
+        promotion: A promotion's name, as `titleshot history` lists it, or a model's for all of its promotions.
+        policy: Another policy to judge by; the promotion's own otherwise, and then every verdict must be the same.
+        days: How far back to go, for a model.
+    """
+    settings_of.load().connect()
+    from datetime import timedelta
+
+    from tasks import replay as replaying
+    from tasks.policies import read_policy
+
+    asked = None if policy is None else read_policy(policy)[1]
+    found = replaying.again(promotion, asked, timedelta(days=days))
+    if json_:
+        _json([dataclasses.asdict(one) | {"replayed": json.loads(one.replayed.model_dump_json())} for one in found])
+    else:
+        _print_replay(found, other=policy is not None)
+    return ERROR if any(one.changed for one in found) else FINE
+
+
+@app.command
+def labels(promotion: str, file: Path, /, *, policy: Path | None = None, json_: Json = False) -> int:
+    """Judge a past shadow by the labels that came later: which of the two models was right.
+
+    Args:
+        promotion: Its name, as `titleshot history` lists it.
+        file: CSV, Parquet or JSON lines with the columns request_id and label.
+        policy: A policy whose `labelled` bounds to judge by; the promotion's own otherwise.
+    """
+    settings = settings_of.load()
+    settings.connect()
+    from tasks import hindsight
+    from tasks.policies import read_policy
+
+    asked = None if policy is None else read_policy(policy)[1]
+    found = hindsight.judge_again(promotion, file, asked, settings.home / "promotions")
+    if json_:
+        _json([json.loads(one.verdict.model_dump_json()) for one in found])
+    else:
+        for one in found:
+            out.print(
+                f"[bold]{one.verdict.step}[/]: {one.verdict.outcome.value}  [dim]{escape(one.verdict.evidence.note)}[/]"
+            )
+            for check in one.verdict.checks:
+                out.print(f"  - {escape(str(check))}")
+    return FINE if all(one.verdict.outcome.value == "passed" for one in found) else REFUSED
 
 
 @app.command
@@ -233,13 +316,14 @@ def show(promotion: str, /, *, open_: Annotated[bool, Parameter(name="--open", n
 
 
 @app.command
-def suite(model: str, /, *, to: Path = Path("suite.json"), version: str | None = None) -> int:
+def suite(model: str, /, *, to: Path = Path("suite.json"), version: str | None = None, log: Flag = False) -> int:
     """Write an expectation suite generated from a version's training features, to be edited by hand.
 
     Args:
         model: Name of the registered model.
         to: The file to write; never overwritten.
         version: Version number; the champion otherwise.
+        log: Keep it in the version's MLflow run, for the features gate; a file that is there already is kept as it is.
     """
     settings = settings_of.load()
     settings.connect()
@@ -249,7 +333,7 @@ def suite(model: str, /, *, to: Path = Path("suite.json"), version: str | None =
     number = version or registry.aliased(model, registry.CHAMPION)
     if number is None:
         raise Mistake(f"{model} has no champion: name a version with --version", code=WRONG_USE)
-    count = write_suite(registry.find(model, number), settings.home, to)
+    count = write_suite(registry.find(model, number), settings.home, to, log=log)
     out.print(f"{to}: {count} expectations from the features that {model} v{number} was trained on")
     return FINE
 
@@ -305,6 +389,53 @@ def _print_status(found: dict[str, Any]) -> None:
             out.print(
                 f"  [red]the alias champion names {model['alias'] or 'nothing'}: traffic and registry disagree[/]"
             )
+
+
+def _print_plan(steps: list[Any], took: dict[str, float]) -> None:
+    from validations.monitor import duration
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("step", "takes", "check", "passes after", "stops from"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("step", "passes after", "stops from"))
+    for step in steps:
+        if step.seconds is None:
+            takes = f"{duration(took[step.step])} last time" if step.step in took else ""
+        else:
+            takes = duration(step.seconds) + (f" to {duration(step.long)}" if step.long > step.seconds * 1.2 else "")
+        rows = [
+            (
+                f"{escape(check.metric)} [dim]{check.bound}[/]",
+                f"{check.requests:,} requests" if check.requests else "[red]never[/]",
+                check.smallest,
+            )
+            for check in step.checks
+        ] or [("", "", "")]
+        for index, row in enumerate(rows):
+            table.add_row(*(("", "") if index else (f"[bold]{escape(step.step)}[/]", takes)), *row)
+    out.print(table)
+    for step in steps:
+        for check in step.checks:
+            if check.mend:
+                out.print(f"[red]{escape(step.step)}: {escape(check.metric)}[/] {escape(check.mend)}")
+    known = sum(step.seconds or took.get(step.step, 0.0) for step in steps)
+    out.print(f"\nabout {duration(known)} in all, for a challenger that is like the champion")
+
+
+def _print_replay(found: list[Any], *, other: bool) -> None:
+    for one in found:
+        if not other:
+            same = (
+                f"[red]not the same at {', '.join(one.changed)}[/]" if one.changed else "[green]the same to the bit[/]"
+            )
+            out.print(f"[bold]{one.id}[/]  {escape(one.was)}: {same}")
+            continue
+        mark = "[yellow]otherwise[/]" if one.otherwise else "[dim]as it was[/]"
+        out.print(f"[bold]{one.id}[/]  was {escape(one.was)}; now {escape(one.replayed.ended)}  {mark}")
+        last = one.replayed.steps[-1].verdict
+        if one.otherwise and last is not None:
+            out.print(f"    {escape(last.why)}")
+    if other and len(found) > 1:
+        out.print(f"{sum(one.otherwise for one in found)} of {len(found)} promotions would have ended otherwise")
 
 
 def _print_demo(result: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Drive one promotion to its end: ask the kernel for the next step, perform it, record the verdict."""
 
+import json
 import secrets
 import shutil
 import threading
@@ -15,15 +16,17 @@ from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
 from deployments.target import Fence, ServingTarget, TargetError, Traffic
-from tasks import history, load, registry, report, serving, validate
-from tasks.context import Contender, Context, Seen
+from tasks import custom, history, load, registry, report, serving, validate
+from tasks.context import Contender, Context, Judged, Seen
+from tasks.policies import read_policy
 from tasks.progress import listening, say
 from tasks.settings import Mistake, Settings
 from tasks.settings import load as load_settings
 from tasks.stack import settings_target
-from validations.policy import Policy, PolicyError, Step, read
+from validations.ledger import Ledger, weights
+from validations.policy import Policy, Step
 from validations.promotion import Promotion, drive
-from validations.verdict import Evidence, Measurement, Outcome, Verdict, judge
+from validations.verdict import Artifact, Evidence, Measurement, Outcome, Verdict, judge
 
 
 def _run_name() -> str:
@@ -38,21 +41,23 @@ def promote(
     policy: str,
     version: int | str | None = None,
     again: bool = False,  # noqa: FBT001, FBT002 - a form's field
+    anew: bool = False,  # noqa: FBT001, FBT002
 ) -> dict[str, Any]:
     """Take a challenger of `model` through the gates of a policy, to the champion's place or back.
 
     `policy` is the path of the policy file; `version` a version number, or the alias `challenger` where
-    it is left out; `again` admits a version that was rejected before, unchanged.
+    it is left out; `again` admits a version that was rejected before, unchanged. What was observed of this very
+    artifact against this champion before goes on counting, unless it begins `anew`.
 
     A rejected challenger is a completed run whose result says so; a failed run means that this program or
     its platform is broken, or that it was asked for something it cannot do.
     """
     logger = get_run_logger()
     with listening(logger.info):
-        return run(model, Path(policy), None if version is None else str(version), again=again)
+        return run(model, Path(policy), None if version is None else str(version), again=again, anew=anew)
 
 
-def run(model: str, policy_file: Path, version: str | None, *, again: bool) -> dict[str, Any]:
+def run(model: str, policy_file: Path, version: str | None, *, again: bool, anew: bool = False) -> dict[str, Any]:
     """One promotion, inside a flow run. Returns the summary that `outcome` describes."""
     settings = load_settings()
     settings.connect()
@@ -78,6 +83,11 @@ def run(model: str, policy_file: Path, version: str | None, *, again: bool) -> d
             champion=champion,
             challenger=challenger,
             previous=registry.aliased(model, registry.PREVIOUS),
+            policy=policy,
+            ledger=Ledger(weights(policy, first=champion is None)),
+            series={}
+            if anew
+            else history.observed(model, challenger.digest, champion_number, settings.home / "promotions"),
         )
         return _promote(context, policy, identifier, text)
 
@@ -98,6 +108,8 @@ def _promote(context: Context, policy: Policy, identifier: str, text: str) -> di
     registry.set_alias(model, registry.CHALLENGER, number)
     registry.tag(model, number, phase=promotion.phase.value, promotion=identifier, verdict="")
     say(f"{identifier}: {context.challenger.registered.name} asks for the place of {_title(context)}")
+    if context.series:
+        say(f"  what was observed of it before goes on counting: {', '.join(context.series)}")
 
     def save(now: Promotion) -> None:
         nonlocal chain
@@ -173,27 +185,21 @@ def perform(context: Context, promotion: Promotion, step: Step, run_id: str) -> 
     return judge(step.name, bounds, seen.evidence(artifacts, started), min_sample)
 
 
-def _perform(context: Context, policy: Policy, step: Step, outcome_of: Any) -> Seen:
+def _perform(context: Context, policy: Policy, step: Step, judged: Judged) -> Seen:
     """The task of this step, run under the step's name."""
-
-    def decided(measured: Mapping[str, Measurement]) -> bool:
-        return outcome_of(measured) in (Outcome.PASSED, Outcome.FAILED)
-
-    def failed(measured: Mapping[str, Measurement]) -> bool:
-        return outcome_of(measured) is Outcome.FAILED
-
     gate = None if step.gate is None else policy.gates[step.gate]
     performers: dict[str, tuple[Any, ...]] = {
-        "integrity": (validate.integrity,),
-        "schema": (validate.schema,),
+        "integrity": (validate.integrity, gate),
+        "schema": (validate.schema, gate),
         "features": (validate.features, gate),
         "quality": (validate.quality, gate),
+        "custom": (custom.custom, gate),
         "deploy": (serving.deploy,),
-        "shadow": (serving.shadow, gate, decided),
+        "shadow": (serving.shadow, gate, judged),
         "load": (load.load, gate),
-        "canary": (serving.canary, gate, step.weight, decided),
+        "canary": (serving.canary, gate, step.weight, judged),
         "promote": (serving.promote,),
-        "watch": (serving.watch, gate, failed),
+        "watch": (serving.watch, gate, judged),
         "rollback": (serving.rollback,),
     }
     performer, *arguments = performers[step.kind]
@@ -201,12 +207,17 @@ def _perform(context: Context, policy: Policy, step: Step, outcome_of: Any) -> S
     return seen
 
 
-def _keep(context: Context, seen: Seen, step: Step, run_id: str) -> tuple[Any, ...]:
-    if not seen.data:
-        return ()
-    path = context.folder / f"{history.slug(step.name)}.json"
-    path.write_text(registry.dumps(seen.data))
-    return (history.keep(run_id, path),)
+def _keep(context: Context, seen: Seen, step: Step, run_id: str) -> tuple[Artifact, ...]:
+    """Store what a step keeps: its data as `<step>.json`, its lines as `<step>-<name>.jsonl`."""
+    name, kept = history.slug(step.name), []
+    files = {f"{name}-{lines}.jsonl": "\n".join(text) + "\n" for lines, text in seen.lines.items() if text}
+    if seen.data:
+        files[f"{name}.json"] = json.dumps(seen.data, sort_keys=True, default=str)
+    for file, text in files.items():
+        path = context.folder / file
+        path.write_text(text)
+        kept.append(history.keep(run_id, path))
+    return tuple(kept)
 
 
 @contextmanager
@@ -234,16 +245,7 @@ def leased(target: ServingTarget, model: str, holder: str) -> Iterator[Fence]:
 
 
 def _policy(path: Path, model: str) -> tuple[str, Policy]:
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise Mistake(f"the policy {path} cannot be read: {error.strerror}", code=2) from error
-    try:
-        policy = read(text, path.name)
-    except PolicyError as error:
-        raise Mistake(str(error), code=2) from error
-    if policy.model != model:
-        raise Mistake(f"{path.name} is the policy of {policy.model}, not of {model}: name the right one", code=2)
+    text, policy = read_policy(path, model)
     if any(gate.kind == "approval" for gate in policy.gates):
         raise Mistake(f"{path.name}: approvals are not built yet; take the `approval` gate out of the policy", code=2)
     return text, policy

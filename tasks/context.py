@@ -9,10 +9,13 @@ from typing import Any
 from deployments.target import Fence, Served, ServingTarget, Version
 from tasks.registry import Registered
 from tasks.settings import Settings
-from validations.verdict import Artifact, Evidence, Measurement
+from validations.ledger import Ledger
+from validations.policy import Policy
+from validations.series import Series
+from validations.verdict import Artifact, Evidence, Measurement, Outcome
 
-Decided = Callable[[Mapping[str, Measurement]], bool]
-"""Asks the judge whether measurements decide every check of the step."""
+Judged = Callable[[Mapping[str, Measurement]], Outcome]
+"""Asks the judge how the step would end with these measurements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,12 @@ class Context:
     champion: Contender | None
     challenger: Contender
     previous: str | None
+    policy: Policy | None = None
+    """None for a rollback by hand, which asks nothing."""
+    ledger: Ledger = field(default_factory=lambda: Ledger({}))
+    """All evidence against the challenger so far."""
+    series: dict[str, list[Series]] = field(default_factory=dict)
+    """By gate, what was observed of this challenger against this champion: in earlier promotions, and so far."""
     began: Mapping[str, Served] = field(default_factory=dict)
     """The counters when the promotion began."""
     cut_over: Mapping[str, Served] = field(default_factory=dict)
@@ -66,6 +75,8 @@ class Seen:
     measurements: dict[str, Measurement]
     note: str = ""
     data: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, list[str]] = field(default_factory=dict)
+    """Files of lines to keep beside it, by name."""
 
     def evidence(self, artifacts: tuple[Artifact, ...] = (), started: datetime | None = None) -> Evidence:
         """As evidence for the judge, finished now."""

@@ -13,9 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tasks.observe import Notebook
 from tasks.registry import TAG, client, dumps
 from tasks.settings import Mistake
 from validations.promotion import Promotion
+from validations.series import Series
 from validations.verdict import Artifact, Measurement, Verdict
 
 EXPERIMENT = "promotions/"
@@ -125,6 +127,11 @@ def keep(run_id: str, path: Path, folder: str = "evidence") -> Artifact:
     return Artifact(name=path.name, uri=f"{folder}/{path.name}", sha256=sha256(path.read_bytes()))
 
 
+def attach(run_id: str, name: str, data: object) -> None:
+    """Store data beside what a run keeps: what was found out afterwards."""
+    client().log_text(run_id, dumps(data), name)
+
+
 def describe(run_id: str, markdown: str) -> None:
     """Set the run's description, as the MLflow UI shows it."""
     client().set_tag(run_id, "mlflow.note.content", markdown[:4900])
@@ -144,11 +151,15 @@ def interrupted(run_id: str) -> None:
 def entries(model: str | None = None, identifier: str | None = None) -> list[Entry]:
     """The promotions and rollbacks of `model` (None: of all), newest first."""
     where = f"name = '{EXPERIMENT}{model}'" if model else f"name LIKE '{EXPERIMENT}%'"
-    experiments = [e.experiment_id for e in client().search_experiments(filter_string=where)]
-    if not experiments:
+    return _search(where, f"tags.`{TAG}id` = '{identifier}'" if identifier else "")
+
+
+def _search(experiments: str, runs: str) -> list[Entry]:
+    """Entries by MLflow's filters for experiments and for runs, newest first."""
+    ids = [e.experiment_id for e in client().search_experiments(filter_string=experiments)]
+    if not ids:
         return []
-    wanted = f"tags.`{TAG}id` = '{identifier}'" if identifier else ""
-    found = client().search_runs(experiments, wanted, order_by=["attributes.start_time DESC"], max_results=1000)
+    found = client().search_runs(ids, runs, order_by=["attributes.start_time DESC"], max_results=1000)
     return [_entry(run) for run in found if TAG + "id" in run.data.tags]
 
 
@@ -168,6 +179,42 @@ def _entry(run: Any) -> Entry:
         started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
         finished=datetime.fromtimestamp(end / 1000, UTC) if end else None,
     )
+
+
+def observed(model: str, digest: str, champion: str | None, folder: Path) -> dict[str, list[Series]]:
+    """What earlier promotions of this artifact against this champion saw, by gate, oldest first: what their records
+    have, and the notebooks (in `folder`, by promotion) of steps that were cut off.
+    """
+    found: dict[str, list[Series]] = {}
+    where = f"tags.`{TAG}digest` = '{digest}' AND tags.`{TAG}champion` = '{champion or ''}'"
+    for past in reversed(_search(f"name = '{EXPERIMENT}{model}'", where)):
+        promotion = stored(past.run_id)
+        names = {step.name: step for step in promotion.plan}
+        kept = {step: data["series"] for step, data in evidence(past.run_id, promotion).items() if "series" in data}
+        seen = [(step, Series.model_validate(series)) for step, series in kept.items()]
+        seen += [(step, series) for step, series in Notebook.read(folder / past.id) if step not in kept]
+        for step, series in seen:
+            index = names[step].gate if step in names else None
+            gate = None if index is None else promotion.policy.gates[index]
+            if gate is not None and gate.kind != "watch" and series.blocks:
+                found.setdefault(gate.name or gate.kind, []).append(series)
+    return found
+
+
+def evidence(run_id: str, promotion: Promotion) -> dict[str, dict[str, Any]]:
+    """The evidence files of a promotion's steps. Raises `Tampered` for one that is not what its verdict vouches for."""
+    import mlflow.artifacts
+
+    found = {}
+    for verdict in promotion.verdicts:
+        for artifact in verdict.evidence.artifacts:
+            if not artifact.name.endswith(".json"):
+                continue
+            text = mlflow.artifacts.load_text(f"runs:/{run_id}/{artifact.uri}")
+            if sha256(text.encode()) != artifact.sha256:
+                raise Tampered(f"{artifact.uri} of run {run_id} is not what the verdict on {verdict.step} rests on")
+            found[verdict.step] = json.loads(text)
+    return found
 
 
 def entry(identifier: str) -> Entry:

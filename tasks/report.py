@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from tasks.history import slug
 from validations.promotion import Promotion
-from validations.verdict import Verdict
+from validations.verdict import Bound, Verdict
 
 CHAMPION, CHALLENGER = "#6b7a90", "#0b63ce"
 
@@ -88,9 +88,11 @@ def _seconds(verdict: Verdict) -> str:
 
 
 def plots(promotion: Promotion, folder: Path) -> list[Plot]:
-    """The pictures for which there is evidence: slices, latencies, canary."""
+    """The pictures for which there is evidence: intervals over time, slices, latencies, canary."""
     found: list[Plot] = []
     canaries: list[tuple[str, dict[str, Any]]] = []
+    courses: dict[str, list[tuple[Verdict, list[dict[str, Any]]]]] = {}
+    gates = {step.name: step.gate for step in promotion.plan}
     for verdict in promotion.verdicts:
         try:
             data = json.loads((folder / f"{slug(verdict.step)}.json").read_text())
@@ -100,11 +102,63 @@ def plots(promotion: Promotion, folder: Path) -> list[Plot]:
             found.append(_slices(data["agreement"]))
         if "load" in data:
             found.append(_latencies(data["load"]))
-        if "series" in data:
+        if data.get("trace") and (index := gates[verdict.step]) is not None:
+            gate = promotion.policy.gates[index]
+            courses.setdefault(gate.name or gate.kind, []).append((verdict, data["trace"]))
+        if "weight" in data:
             canaries.append((verdict.step, data))
-    if any(data["series"] for _, data in canaries):
+    found += [_course(name, parts) for name, parts in courses.items()]
+    if canaries:
         found.append(_canary(canaries))
     return found
+
+
+def _course(gate: str, parts: list[tuple[Verdict, list[dict[str, Any]]]]) -> Plot:
+    """Each check's interval over the time of its gate, with its bound: a decision is where the band has crossed it."""
+    bounds = {check.metric: check.bound for verdict, _ in parts for check in verdict.checks}
+    metrics = [m for m in bounds if any(m in point["measured"] for _, trace in parts for point in trace)]
+    figure, axes = _figure(height=0.9 + 1.5 * len(metrics), rows=len(metrics))
+    panels = list(axes) if len(metrics) > 1 else [axes]
+    starts = [0.0]
+    for _, trace in parts:
+        starts.append(starts[-1] + max(trace[-1]["seconds"], 1.0))
+    for panel, metric in zip(panels, metrics, strict=True):
+        # In the beginning nothing is known, and what was known last holds to the end.
+        rows = [(0.0, [None, None, None])]
+        for start, (_, trace) in zip(starts, parts, strict=False):
+            rows += [(start + at["seconds"], at["measured"][metric]) for at in trace if metric in at["measured"]]
+        rows.append((1.02 * starts[-1], rows[-1][1]))
+        _band(panel, metric, rows, bounds[metric])
+        for start in starts[1:-1]:
+            panel.axvline(start, color="#c4ccd6", linewidth=0.8)
+    for start, (verdict, _) in zip(starts, parts, strict=False):
+        note = panels[0].annotate(verdict.step, (start, 1), xycoords=("data", "axes fraction"), xytext=(4, -10),
+                                  textcoords="offset points", fontsize=8, color=CHAMPION)  # fmt: skip
+        note.set_in_layout(False)
+    panels[-1].set_xlabel("seconds")
+    return Plot(
+        f"What was known, moment by moment: {gate}",
+        "The band is the interval at that moment, and holds at all moments at once; the red line is the bound. A check "
+        "is decided once the whole band is on one side.",
+        _svg(figure),
+    )
+
+
+def _band(axis: Any, metric: str, rows: list[tuple[float, list[Any]]], bound: Bound) -> None:
+    limits = [limit for limit in (bound.min, bound.max) if limit is not None]
+    values = [row[0] for _, row in rows if row[0] is not None]
+    top = max([*(2.2 * limit for limit in limits), *(1.3 * value for value in values)])
+    bottom = min([0.0, *(1.5 * limit for limit in limits), *values])
+    seconds = [at for at, _ in rows]
+    low = [bottom if row[1] is None else max(row[1], bottom) for _, row in rows]
+    high = [top if row[2] is None else min(row[2], top) for _, row in rows]
+    axis.fill_between(seconds, low, high, color=CHALLENGER, alpha=0.18, step="post", linewidth=0)
+    axis.step(seconds, [row[0] for _, row in rows], where="post", color=CHALLENGER, linewidth=1.6)
+    for limit in limits:
+        axis.axhline(limit, color="#b3261e", linewidth=1.2, linestyle="--")
+    axis.set_ylim(bottom, top or 1)
+    axis.set_xlim(0, seconds[-1])
+    axis.set_title(f"{metric}: {bound}", loc="left", fontsize=9)
 
 
 def _slices(agreement: dict[str, Any]) -> Plot:
@@ -175,16 +229,16 @@ def _canary(canaries: list[tuple[str, dict[str, Any]]]) -> Plot:
     times: list[float] = [0.0]
     weights: list[float] = [0.0]
     for _, data in canaries:
-        series = data["series"]
-        end = series[-1]["seconds"] if series else 0.0
-        times += [offset, offset + end]
+        blocks = data["series"].get("blocks", [])
+        end = offset + sum(block["seconds"] for block in blocks)
+        times += [offset, end]
         weights += [data["weight"], data["weight"]]
         for side, color in (("champion", CHAMPION), ("challenger", CHALLENGER)):
-            points = [(offset + row["seconds"], 100 * row[f"{side}_errors"] / row[side]) for row in series if row[side]]
+            points = _failing(blocks, side, offset)
             if points:
                 first = canaries[0][1] is data
                 below.plot(*zip(*points, strict=True), color=color, linewidth=2, label=side if first else None)
-        offset += end
+        offset = end
     above.plot(times, weights, color=CHALLENGER, linewidth=2, drawstyle="default")
     above.fill_between(times, weights, color=CHALLENGER, alpha=0.15)
     above.set_ylabel("weight, %")
@@ -199,6 +253,18 @@ def _canary(canaries: list[tuple[str, dict[str, Any]]]) -> Plot:
         "weight was set (attempts that a retry hid from the client count).",
         _svg(figure),
     )
+
+
+def _failing(blocks: list[dict[str, Any]], side: str, offset: float) -> list[tuple[float, float]]:
+    """The share of attempts that failed so far (percent), after each block."""
+    points, requests, errors = [], 0, 0
+    for block in blocks:
+        offset += block["seconds"]
+        requests += sum(arm.get("requests", 0) for arm in block.get(side, ()))
+        errors += sum(arm.get("errors", 0) for arm in block.get(side, ()))
+        if requests:
+            points.append((offset, 100 * errors / requests))
+    return points
 
 
 def _figure(height: float, rows: int = 1) -> tuple[Any, Any]:

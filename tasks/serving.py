@@ -1,8 +1,11 @@
 """Steps at the serving target: deploy, shadow, canary, watch; and moving traffic and registry together."""
 
+import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 from prefect import task
@@ -10,18 +13,17 @@ from prefect.cache_policies import NO_CACHE
 
 from deployments.target import NeverReady, Served, TargetError, TargetUnavailable, Traffic
 from tasks import registry
-from tasks.context import Context, Decided, Seen
+from tasks.context import Context, Judged, Seen
+from tasks.observe import Notebook, Poll, arm, watch_until
 from tasks.progress import say
 from validations.agreement import Pairing, Side
-from validations.policy import Canary, Shadow, Watch
-from validations.statistics import (
-    difference,
-    look_confidence,
-    proportion,
-    quantile_from_histogram,
-    ratio_from_histograms,
-)
-from validations.verdict import Measurement
+from validations.eprocess import bernoulli_interval
+from validations.gates import Canary, Shadow, Watch
+from validations.monitor import Monitor, Terms
+from validations.monitor import read as monitor_of
+from validations.series import Arm, Head, Relation, Series
+from validations.statistics import proportion
+from validations.verdict import Measurement, Outcome
 
 
 def unavailable(_task: Any, _task_run: Any, state: Any) -> bool:
@@ -30,8 +32,9 @@ def unavailable(_task: Any, _task_run: Any, state: Any) -> bool:
 
 
 REPEATED: dict[str, Any] = {"retries": 3, "retry_delay_seconds": 1, "retry_condition_fn": unavailable}
-POLL = 0.5
-"""Seconds between two looks at the counters; the gateway flushes them once a second."""
+SHARE_CONFIDENCE = 0.95
+PICTURED = math.log(40)
+"""The evidence at which the intervals of single slices end, in pictures: 95 % for each alone."""
 
 
 @task(cache_policy=NO_CACHE, **REPEATED)
@@ -51,43 +54,106 @@ def deploy(context: Context) -> Seen:
 
 
 @task(cache_policy=NO_CACHE)
-def shadow(context: Context, gate: Shadow, decided: Decided) -> Seen:
+def shadow(context: Context, gate: Shadow, judged: Judged) -> Seen:
     """Mirror live requests to the challenger and compare its answers with the champion's, in pairs."""
     champion, challenger = _names(context)
     target, model = context.target, context.model
-    pairing = Pairing(tolerances=gate.tolerances, slices=gate.slices, min_slice=gate.min_slice)
+    pairing = Pairing(
+        tolerances=gate.tolerances,
+        slices=gate.slices,
+        min_slice=gate.min_slice,
+        find_slices=gate.find_slices,
+        once_per=gate.once_per,
+        redact=gate.redact,
+        keep_pairs=gate.keep_pairs,
+    )
     seen_up_to = {number: _last_answer(context, number) for number in (champion, challenger)}
     before = target.observe(model)
+    counters = _Counters(before, f"{challenger}-shadow", champion)
+    counted = [0, 0]
     target.route(Traffic(model, champion, challenger, mirror=round(gate.mirror * 100)), context.fence)
 
-    def look(confidence: float) -> tuple[int, dict[str, Measurement]]:
+    def poll() -> Poll:
         sides: tuple[tuple[str, Side], ...] = ((champion, "champion"), (challenger, "challenger"))
         for number, side in sides:
             for answer in target.answers(model, number, seen_up_to[number]):
                 seen_up_to[number] = answer.number
                 if answer.shadow == (side == "challenger"):
                     pairing.add(side, answer.request_id, answer.status, answer.response, answer.request)
-        served = target.observe(model)
-        measured = _compare(
-            _since(served, before, f"{challenger}-shadow"), _since(served, before, champion), confidence
-        )
-        measured |= pairing.measurements(confidence)
-        return pairing.pairs, measured
+        news = (pairing.pairs - counted[0], pairing.disagreements - counted[1])
+        counted[:] = pairing.pairs, pairing.disagreements
+        return Poll(*counters.since(target.observe(model)), *news, slices=tuple(pairing.table()))
 
+    head = _head(before, champion, gate)
     try:
-        measured, note = _watch_until(look, gate.min_sample, gate.confidence, gate.max.total_seconds(), decided)
+        seen = _watched(context, gate, gate.name or gate.kind, head, poll, gate.max, judged)
     finally:
         target.route(Traffic(model, champion), context.fence)
-    return Seen(measured, note, {"agreement": _agreement_data(pairing, gate.confidence)})
+    fields = ", ".join(f"{field} in {count:,}" for field, count in pairing.fields.most_common(3))
+    note = f"{seen.note}; they disagree on {fields}" if fields else seen.note
+    data = {**seen.data, "agreement": _agreement_data(pairing)}
+    return dataclasses.replace(seen, note=note, data=data, lines={"pairs": list(pairing.kept())})
 
 
-def _agreement_data(pairing: Pairing, confidence: float) -> dict[str, Any]:
+def _watched(
+    context: Context,
+    gate: Shadow | Canary | Watch,
+    step: str,
+    head: Head,
+    poll: Callable[[], Poll],
+    limit: timedelta,
+    judged: Judged,
+    dwell: timedelta = timedelta(0),
+) -> Seen:
+    """Watch the traffic of `step`, going on from what was observed of its gate before, and keep it for those after."""
+    name, policy = gate.name or gate.kind, context.policy
+    assert policy is not None
+    terms = Terms(policy.false_rollback, policy.false_promotion, context.ledger, name, gate.min_sample)
+    earlier = context.series.setdefault(name, [])
+
+    def begin(edges: tuple[float, ...]) -> Monitor:
+        nonlocal head
+        if earlier and edges not in ((), earlier[0].head.edges):
+            say("  the gateway counts latencies in other buckets than before: what was observed then is left out")
+            earlier.clear()
+        head = earlier[0].head if earlier else head.model_copy(update={"edges": edges or (1.0,)})
+        notebook.begin(head)
+        return monitor_of([*earlier, Series(head=head)], gate.bounds(), terms)
+
+    block, notebook = gate.block(limit), Notebook(context.folder, step)
+    seconds = limit.total_seconds()
+    observed = watch_until(poll, begin, block, seconds, judged, dwell=dwell.total_seconds(), keep=notebook.keep)
+    context.ledger = observed.ledger
+    seen = Seen(observed.measured, observed.note, observed.data(earlier, head))
+    earlier.append(observed.series(head))
+    return seen
+
+
+class _Counters:
+    """A target's growing counters as what came since the last look, for challenger and champion."""
+
+    def __init__(self, before: Mapping[str, Served], challenger: str, champion: str) -> None:
+        self._last, self._names = before, (challenger, champion)
+
+    def since(self, now: Mapping[str, Served]) -> tuple[Served, Served]:
+        challenger, champion = (_since(now, self._last, name) for name in self._names)
+        self._last = now
+        return challenger, champion
+
+
+def _head(before: Mapping[str, Served], champion: str, gate: Shadow | Canary | Watch, **more: Arm) -> Head:
+    relation: Relation = "independent" if gate.bursts is None else "bursty"
+    return Head(relation=relation, history=arm(before.get(champion, Served())), **more)
+
+
+def _agreement_data(pairing: Pairing) -> dict[str, Any]:
     """The disagreement by slice and by field, and the pairs that differed most, for evidence and report."""
     slices = []
     for column, value, differing, pairs in pairing.by_slice():
-        m = proportion(differing, pairs, confidence)
-        where = f"{column} = {value}"
-        slices.append({"where": where, "pairs": pairs, "value": m.value, "low": m.low, "high": m.high})
+        low, high = bernoulli_interval(differing, pairs, PICTURED, PICTURED)
+        slices.append(
+            {"where": f"{column} = {value}", "pairs": pairs, "value": differing / pairs, "low": low, "high": high}
+        )
     return {
         "pairs": pairing.pairs,
         "disagreements": pairing.disagreements,
@@ -98,55 +164,50 @@ def _agreement_data(pairing: Pairing, confidence: float) -> dict[str, Any]:
 
 
 @task(cache_policy=NO_CACHE)
-def canary(context: Context, gate: Canary, weight: float, decided: Decided) -> Seen:
-    """Let the challenger answer `weight` percent of the live requests until the checks are decided."""
+def canary(context: Context, gate: Canary, weight: float, judged: Judged) -> Seen:
+    """Let the challenger answer `weight` percent of the live requests until the step is decided."""
     champion, challenger = _names(context)
     target, model = context.target, context.model
     before = target.observe(model)
-    # At full weight the champion answers nothing, so what it did before is what there is to compare with.
-    champion_before = context.began if weight == 100 else before
+    # At full weight alone the champion never answers beside it: what it did before is what there is to compare with.
+    alone = {"reference": arm(_since(before, context.began, champion))} if gate.deciding == 100 else {}
+    head, counters = _head(before, champion, gate, **alone), _Counters(before, challenger, champion)
     traffic = Traffic(model, champion, challenger, weight=round(weight * 100), fallback=champion)
     target.route(traffic, context.fence)
-    started = time.monotonic()
-    series: list[dict[str, float]] = []
 
-    def look(confidence: float) -> tuple[int, dict[str, Measurement]]:
-        served = target.observe(model)
-        new, old = _since(served, before, challenger), _since(served, champion_before, champion)
-        series.append(
-            {
-                "seconds": round(time.monotonic() - started, 2),
-                "challenger": new.requests,
-                "challenger_errors": new.errors,
-                "champion": old.requests,
-                "champion_errors": old.errors,
-            }
-        )
-        measured = _compare(new, old, confidence)
-        if new.requests + old.requests:
-            # Setting is not having: the share that the challenger really answered.
-            measured["share"] = proportion(new.requests, new.requests + old.requests, confidence)
-        return new.requests, measured
+    def poll() -> Poll:
+        return Poll(*counters.since(target.observe(model)))
 
-    measured, note = _watch_until(look, gate.min_sample, gate.confidence, gate.max.total_seconds(), decided)
-    return Seen(measured, note, {"weight": weight, "series": series})
+    step = f"{gate.name or gate.kind} {weight:g}%"
+    seen = _watched(context, gate, step, head, poll, gate.max, judged, gate.dwell or timedelta(0))
+    both = _since(target.observe(model), before, challenger), _since(target.observe(model), before, champion)
+    if total := sum(served.requests for served in both):
+        # Setting is not having: the share that the challenger really answered.
+        seen.measurements["share"] = proportion(both[0].requests, total, SHARE_CONFIDENCE)
+    return dataclasses.replace(seen, data={**seen.data, "weight": weight})
 
 
 @task(cache_policy=NO_CACHE)
-def watch(context: Context, gate: Watch, failed: Decided) -> Seen:
+def watch(context: Context, gate: Watch, judged: Judged) -> Seen:
     """Observe the new champion for the whole of `run_time`; end early only where a check has failed."""
-    _, challenger = _names(context)
+    champion, challenger = _names(context)
     target, model = context.target, context.model
     before = target.observe(model)
-    baseline = _since(context.cut_over, context.began, context.champion.number) if context.champion else Served()
+    counters = _Counters(before, challenger, champion)
+    head = _head(before, champion, gate)
+    if gate.holdback and champion:
+        held_back = Traffic(model, challenger, champion, weight=round(gate.holdback * 100), fallback=champion)
+        target.route(held_back, context.fence)
+    elif champion:
+        head = head.model_copy(update={"reference": arm(_since(context.cut_over, context.began, champion))})
 
-    def look(confidence: float) -> tuple[int, dict[str, Measurement]]:
-        new = _since(target.observe(model), before, challenger)
-        return new.requests, _compare(new, baseline, confidence)
+    def poll() -> Poll:
+        return Poll(*counters.since(target.observe(model)))
 
-    run_time = gate.run_time.total_seconds()
-    measured, note = _watch_until(look, gate.min_sample, gate.confidence, run_time, failed, to_the_end=True)
-    return Seen(measured, note)
+    seen = _watched(context, gate, gate.name or gate.kind, head, poll, gate.run_time, judged, gate.run_time)
+    if gate.holdback and champion and judged(seen.measurements) is Outcome.PASSED:
+        target.route(Traffic(model, challenger, fallback=champion), context.fence)
+    return seen
 
 
 @task(cache_policy=NO_CACHE, **REPEATED)
@@ -232,61 +293,6 @@ def _since(now: Mapping[str, Served], before: Mapping[str, Served], version: str
 def _last_answer(context: Context, number: str) -> int:
     """The number of the last answer so far, so that only what comes after counts."""
     return max((answer.number for answer in context.target.answers(context.model, number)), default=-1)
-
-
-def _watch_until(
-    look: Callable[[float], tuple[int, dict[str, Measurement]]],
-    min_sample: int,
-    confidence: float,
-    limit: float,
-    decided: Decided,
-    *,
-    to_the_end: bool = False,
-) -> tuple[dict[str, Measurement], str]:
-    """Look whenever the sample has doubled, each look at its own share of the error rate, until decided.
-
-    Looking at every moment with a fixed-sample interval would find something sooner or later; so there are
-    few looks, at `min_sample`, twice that, ..., and a last one at `limit` seconds.
-    """
-    started = time.monotonic()
-    looks = 0
-    told = started
-    while True:
-        late = time.monotonic() - started >= limit
-        share = look_confidence(confidence, looks)
-        sample, measured = look(share)
-        if sample >= min_sample * 2**looks or late:
-            looks += 1
-            if decided(measured) or late:
-                break
-        if time.monotonic() - told >= 5:
-            told = time.monotonic()
-            say(f"  {sample} of {min_sample * 2**looks} requests for the next look")
-        time.sleep(min(POLL, max(0.0, limit - (time.monotonic() - started))))
-    seconds = time.monotonic() - started
-    note = f"{sample} requests in {seconds:.0f} s, judged at look {looks} with {share:.2%} confidence"
-    if to_the_end and not late:
-        note += "; ended early"
-    return measured, note
-
-
-def _compare(new: Served, old: Served, confidence: float) -> dict[str, Measurement]:
-    """Every metric that counts and histograms give; what has no sample yet is left out."""
-    measured: dict[str, Measurement] = {}
-    if new.requests:
-        measured["error_rate"] = proportion(new.errors, new.requests, confidence)
-    if new.requests and old.requests:
-        measured["error_rate_delta"] = difference(new.errors, new.requests, old.errors, old.requests, confidence)
-    for percent in (50, 90, 95, 99):
-        q = percent / 100
-        if sum(new.latency.counts):
-            m = quantile_from_histogram(new.latency.edges, new.latency.counts, q, confidence)
-            measured[f"p{percent}_ms"] = milliseconds(m)
-        if sum(new.latency.counts) and sum(old.latency.counts):
-            measured[f"p{percent}_ratio"] = ratio_from_histograms(
-                new.latency.edges, new.latency.counts, old.latency.counts, q, confidence
-            )
-    return measured
 
 
 def milliseconds(m: Measurement) -> Measurement:

@@ -6,6 +6,7 @@ line answers from this module.
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Settings(BaseSettings):
         return f"http://127.0.0.1:{port}"
 
     def connect(self) -> None:
-        """Point this process's MLflow and Prefect at our servers, telemetry off; before importing either.
+        """Point this process's MLflow and Prefect at our servers, telemetry off; best before importing either.
 
         Raises `Mistake` where one of them does not answer.
         """
@@ -108,6 +109,11 @@ class Settings(BaseSettings):
         os.environ.pop("MLFLOW_REGISTRY_URI", None)  # the registry is where the tracking is
         os.environ["PREFECT_API_URL"] = self.prefect
         os.environ.setdefault("PREFECT_HOME", str(self.home / "prefect"))
+        if "prefect" in sys.modules:
+            # It read its settings when it was imported.
+            from prefect.context import refresh_global_settings_context
+
+            refresh_global_settings_context()
 
 
 def load() -> Settings:

@@ -1,8 +1,7 @@
 """Numbers with the intervals that hold them: exact, for a fixed sample.
 
 Pure: counts and arrays in, `Measurement`s out. Every interval is valid for a sample whose size was settled
-beforehand. A gate that looks again and again asks at the sizes `min_sample * 2**k` and uses
-`look_confidence(confidence, k)`, which keeps the declared confidence over all looks together.
+beforehand, and looked at once; what is looked at again and again has those of `validations.eprocess`.
 
 An empty sample measures nothing: `NoSample` is raised, the gate leaves that metric out, and the judge errs.
 """
@@ -21,17 +20,6 @@ Floats = NDArray[np.float64]
 
 class NoSample(ValueError):
     """There is nothing to measure: leave the metric out, and its check is errored."""
-
-
-def look_confidence(confidence: float, look: int) -> float:
-    """The confidence to use at the `look`-th look (0, 1, 2, ...), so that all looks keep `confidence`.
-
-    The error probability alpha = 1 - confidence is split as alpha * 2**-(look + 1); the parts add up to
-    alpha, so by the union bound (Boole) the chance that any look's interval misses is at most alpha.
-    """
-    if look < 0:
-        raise ValueError(f"looks are counted from 0, not {look}")
-    return 1 - _alpha(confidence) * 2.0 ** -(look + 1)
 
 
 def proportion(k: int, n: int, confidence: float) -> Measurement:
@@ -84,46 +72,17 @@ def quantile_ratio(challenger: ArrayLike, champion: ArrayLike, q: float, confide
     return _ratio(quantile(challenger, q, half), quantile(champion, q, half))
 
 
-def quantile_from_histogram(edges: ArrayLike, counts: ArrayLike, q: float, confidence: float) -> Measurement:
-    """The `q`-quantile of numbers known only by buckets.
-
-    `edges` are the buckets' upper ends, growing and positive; `counts` (per bucket, not cumulative) has one
-    entry more, for what lies beyond the last edge. As in `quantile`, and then each end is widened to the
-    edge of the bucket that holds it, so nothing is assumed within a bucket. Only `value`, which no bound
-    is held against, is interpolated (as Prometheus does; beyond the last edge it is that edge).
+def interpolated(edges: Floats, below: ArrayLike, size: float, q: float) -> float:
+    """The `q`-quantile of `size` numbers, `below[i]` of which are at most `edges[i]`: interpolated within its bucket,
+    as Prometheus does; the last edge where it lies beyond all.
     """
-    ends, numbers = np.asarray(edges, dtype=np.float64), np.asarray(counts, dtype=np.int64)
-    if ends.ndim != 1 or numbers.shape != (ends.size + 1,) or not ends.size:
-        raise ValueError(f"{ends.size} edges need {ends.size + 1} counts (the last: beyond all), not {numbers.size}")
-    if np.any(np.diff(ends) <= 0) or ends[0] <= 0 or np.any(numbers < 0):
-        raise ValueError("edges must be positive and grow, and counts cannot be negative")
-    below = np.cumsum(numbers)
-    size = int(below[-1])
-    lower, middle, upper = _ranks(size, q, confidence)
-    bounds = np.concatenate(([0.0], ends, [np.inf]))
-
-    def bucket(rank: int) -> int:
-        return int(np.searchsorted(below, rank))
-
-    at = bucket(middle)
-    share = (middle - (below[at] - numbers[at])) / numbers[at]
-    value = bounds[at] if at == ends.size else bounds[at] + share * (bounds[at + 1] - bounds[at])
-    return Measurement(
-        value=float(value),
-        low=float(bounds[bucket(lower)]) if lower else 0.0,
-        high=float(bounds[bucket(upper) + 1]) if upper <= size else math.inf,
-        sample=size,
-    )
-
-
-def ratio_from_histograms(
-    edges: ArrayLike, challenger: ArrayLike, champion: ArrayLike, q: float, confidence: float
-) -> Measurement:
-    """The challenger's `q`-quantile over the champion's, both from counts over the same `edges`."""
-    half = 1 - _alpha(confidence) / 2
-    return _ratio(
-        quantile_from_histogram(edges, challenger, q, half), quantile_from_histogram(edges, champion, q, half)
-    )
+    counts = np.asarray(below, dtype=np.float64)
+    rank = min(max(math.ceil(size * q - 1e-9), 1), size)
+    at = int(np.searchsorted(counts, rank))
+    if at >= edges.size:
+        return float(edges[-1])
+    start, before = (edges[at - 1], counts[at - 1]) if at else (0.0, 0.0)
+    return float(start + (rank - before) / (counts[at] - before) * (edges[at] - start))
 
 
 def paired_bootstrap(

@@ -22,6 +22,7 @@ def home() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="ts."))
     before = {k: v for k, v in os.environ.items() if k.startswith(("TITLESHOT_", "PREFECT_", "MLFLOW_"))}
     os.environ["TITLESHOT_HOME"] = str(path)
+    os.environ["PREFECT_HOME"] = str(path / "prefect")
     yield path
     for name in [k for k in os.environ if k.startswith(("TITLESHOT_", "PREFECT_", "MLFLOW_"))]:
         del os.environ[name]
@@ -128,7 +129,7 @@ class Maker:
     def registered(self, source: str, run_id: str, model_id: str) -> str:
         from mlflow import MlflowClient
 
-        client = MlflowClient(self.uri)
+        client = MlflowClient(self.uri, self.uri)
         if not client.search_registered_models(f"name = '{self.model}'"):
             client.create_registered_model(self.model)
         made = client.create_model_version(self.model, source=source, run_id=run_id, model_id=model_id)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from validations.policy import GATES, Policy, PolicyError, read
+from validations.gates import GATES
+from validations.policy import Policy, PolicyError, read
 
 GOOD = """\
 version: 1
