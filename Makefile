@@ -21,6 +21,7 @@ up down: $(STAMP)         ## start or stop the local stack
 
 bench: $(STAMP)           ## every benchmark, one after another; each prints a table
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python -m benchmarks.gates
 
 $(STAMP): requirements.lock pyproject.toml
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Titleshot needs Python 3.11 or newer: this python3 is " + sys.version.split()[0])'

@@ -19,16 +19,22 @@ import pandas as pd
 COLUMNS = ["x", "y"]
 LOADS = {"integrity", "quality", "deploy"}
 """Steps whose time is the loading of a model, in a process of its own."""
-WINDOW = {"load": 4.0, "watch": 2.0}
+WINDOW = {"load": 6.0, "watch": 4.0}
 GATES: list[dict[str, Any]] = [
     {"kind": "integrity"},
     {"kind": "schema"},
     {"kind": "features", "live_sample": 100},
     {"kind": "quality", "data": "held-out.parquet", "label": "late", "checks": {"roc_auc_delta": {"min": -0.5}}},
-    {"kind": "load", "rate": "20/s", "run_time": "4s", "min_sample": 50, "checks": {"p50_ratio": {"max": 50}}},
-    {"kind": "shadow", "min_sample": 100, "tolerances": {"*": {"abs": 1}}, "checks": {"disagreement": {"max": 0.5}}},
-    {"kind": "canary", "weights": [50], "min_sample": 100, "checks": {"error_rate": {"max": 0.2}}},
-    {"kind": "watch", "run_time": "2s", "min_sample": 20, "checks": {"error_rate": {"max": 0.3}}},
+    {"kind": "load", "rate": "20/s", "run_time": "6s", "min_sample": 50, "checks": {"p50_ratio": {"max": 50}}},
+    {
+        "kind": "shadow",
+        "min_sample": 100,
+        "bursts": "none",
+        "tolerances": {"*": {"abs": 1}},
+        "checks": {"disagreement": {"max": 0.5}},
+    },
+    {"kind": "canary", "weights": [50], "min_sample": 100, "bursts": "none", "checks": {"error_rate": {"max": 0.2}}},
+    {"kind": "watch", "run_time": "4s", "min_sample": 20, "bursts": "none", "checks": {"error_rate": {"max": 0.3}}},
 ]
 
 
