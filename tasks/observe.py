@@ -15,7 +15,7 @@ from deployments.target import Served
 from tasks.context import Judged
 from tasks.progress import say
 from validations.ledger import Ledger
-from validations.monitor import Monitor
+from validations.monitor import LEDGER, Monitor
 from validations.series import Arm, Block, Head, Series, sparse
 from validations.slices import Slice
 from validations.verdict import Measurement, Outcome
@@ -227,7 +227,7 @@ def _edges(news: Poll) -> tuple[float, ...]:
 
 def _progress(measured: dict[str, Measurement]) -> str:
     """What is still missing, in words; of several the longest way to go stands last in the policy's order."""
-    waiting = [f"{metric}: {m.note}" for metric, m in measured.items() if m.note]
+    waiting = [m.note if metric == LEDGER else f"{metric}: {m.note}" for metric, m in measured.items() if m.note]
     return waiting[-1] if waiting else "all that was asked is known; waiting for the time to pass"
 
 

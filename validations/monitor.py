@@ -114,8 +114,17 @@ class Monitor:
             measured[metric] = m
         if self._control is not None and self._control.blocks:
             measured[CONTROL] = self._control.measurement(terms.false_rollback)
-        measured[LEDGER] = self._ledger_measurement(ledger, total, moved=moved)
+        summed = self._ledger_measurement(ledger, total, moved=moved)
+        guilty = [m for m, found in measured.items() if m in self.bounds and self._breaks(m, found)]
+        if guilty and summed.low > 1 / terms.false_rollback:
+            # A step need not ask for the check that its ledger speaks of, so the ledger tells it.
+            told = "; ".join(f"{m} {measured[m]} is outside its bound ({self.bounds[m]})" for m in guilty)
+            summed = summed.model_copy(update={"note": told})
+        measured[LEDGER] = summed
         return measured
+
+    def _breaks(self, metric: str, found: Measurement) -> bool:
+        return metric != CEILING and self.bounds[metric].judge(found) is Outcome.FAILED
 
     def _with(self, partial: Block | None, slices: tuple[Slice, ...]) -> Total:
         total = self._total.plus(partial or Block(seconds=0))

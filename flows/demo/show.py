@@ -148,9 +148,11 @@ def _files(folder: Path, model: str) -> dict[str, Path]:
     text = text.replace("model: flight-delay", f"model: {model}")
     without = yaml.safe_load(text)
     without["gates"] = [gate for gate in without["gates"] if gate["kind"] != "shadow"]
+    next(gate for gate in without["gates"] if gate["kind"] == "schema")["live_sample"] = 0
     written = {
         "policy": text,
-        "no-shadow": "# policy.yaml without its shadow gate\n" + yaml.safe_dump(without, sort_keys=False),
+        "no-shadow": "# policy.yaml without its shadow gate, and without live requests in schema\n"
+        + yaml.safe_dump(without, sort_keys=False),
         "first": FIRST_POLICY.format(model=model),
     }
     for name, content in written.items():
