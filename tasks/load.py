@@ -94,10 +94,10 @@ def looked_at(context: Context, gate: Load, result: run.Result) -> tuple[dict[st
     name, policy = gate.name or gate.kind, context.policy
     assert policy is not None
     rate = result.targets["challenger"].sent / result.seconds
+    seconds = max(SLICE_SECONDS, SLICE_REQUESTS / rate)
     head = Head(edges=tuple(EDGES.tolist()), relation="paired")
     blocks = [
         Block(seconds=seconds, challenger=_arms(slice_, "challenger"), champion=_arms(slice_, "champion"))
-        for seconds in [max(SLICE_SECONDS, SLICE_REQUESTS / rate)]
         for slice_ in slices(result, seconds)
     ]
     earlier = context.series.setdefault(name, [])

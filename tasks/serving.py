@@ -113,10 +113,12 @@ def _watched(
 
     def begin(edges: tuple[float, ...]) -> Monitor:
         nonlocal head
-        if earlier and edges not in ((), earlier[0].head.edges):
-            say("  the gateway counts latencies in other buckets than before: what was observed then is left out")
+        known = edges or (earlier[0].head.edges if earlier else (1.0,))
+        head = head.model_copy(update={"edges": known, "block": block})
+        if earlier and not head.continues(earlier[0].head):
+            say("  what was observed of this gate before was cut in other blocks or buckets: it is left out")
             earlier.clear()
-        head = earlier[0].head if earlier else head.model_copy(update={"edges": edges or (1.0,)})
+        head = earlier[0].head if earlier else head
         notebook.begin(head)
         return monitor_of([*earlier, Series(head=head)], gate.bounds(), terms)
 

@@ -71,14 +71,20 @@ class Block(Value):
 
 
 class Head(Value):
-    """What was known before the first block: bucket edges (seconds), what the champion did of late (`history`), and,
-    where it does not serve beside the challenger, what it did before (`reference`).
+    """What was known before the first block: bucket edges and the length of a block (seconds), what the champion did of
+    late (`history`), and, where it does not serve beside the challenger, what it did before (`reference`).
     """
 
     edges: tuple[float, ...] = ()
     relation: Relation = "independent"
+    block: float = 0.0
     history: Arm = Arm()
     reference: Arm | None = None
+
+    def continues(self, other: "Head") -> bool:
+        """Whether blocks of `other` may be read on with ours: cut, bucketed and compared alike."""
+        mine, theirs = ((one.edges, one.relation, one.block) for one in (self, other))
+        return mine == theirs
 
 
 class Series(Value):
