@@ -80,11 +80,13 @@ Share = Annotated[
 
 
 def _chance(value: object) -> object:
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value)):
-        return float(match[1]) / 100
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    return refuse(f"'{value}' is no chance: write it like 5% or 0.05")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(value))
+    chance = float(match[1]) / 100 if match else value
+    if isinstance(chance, bool) or not isinstance(chance, int | float):
+        return refuse(f"'{value}' is no chance: write it like 5% or 0.05")
+    if not 0 < chance <= 0.5:
+        return refuse(f"'{value}' promises nothing: a chance of error is above 0 and at most one half, like 5%")
+    return float(chance)
 
 
 def _bursts(value: object) -> object:

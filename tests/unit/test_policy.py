@@ -113,3 +113,28 @@ def test_every_gate_and_check_is_documented() -> None:
         for metric in gate.METRICS:
             base = re.sub(r"^p\d+_", "pNN_", metric)
             assert f"`{metric}`" in page or f"`{base}`" in page or f"`{metric.removesuffix('_delta')}`" in page, metric
+
+
+@pytest.mark.parametrize(("written", "wanted"), [("5%", 0.05), ("0.02", 0.02), ("12.5 %", 0.125)])
+def test_declared_error_rates_are_read(written: str, wanted: float) -> None:
+    """As percent or as a fraction; they bound the ledger of every gate that looks again and again."""
+    policy = read(GOOD.replace("gates:", f"false_rollback: {written}\ngates:", 1))
+    assert policy.false_rollback == pytest.approx(wanted)
+    step = next(step for step in policy.plan() if step.kind == "shadow")
+    assert policy.bounds(step)["ledger"].max == pytest.approx(1 / wanted)
+    assert Policy.model_validate_json(policy.model_dump_json()) == policy
+
+
+@pytest.mark.parametrize("written", ["80%", "0", "often", "true"])
+def test_an_error_rate_that_promises_nothing_is_refused(written: str) -> None:
+    """In one line, with its place and how to write it."""
+    with pytest.raises(PolicyError, match=r"policy:3: false_promotion: .*5%"):
+        read(GOOD.replace("gates:", f"false_promotion: {written}\ngates:", 1))
+
+
+def test_only_the_deciding_step_of_a_canary_asks_for_the_bounds() -> None:
+    """The steps before ask for ceiling and ledger; a step at 100 after it asks for all of them too."""
+    policy = read(GOOD.replace("weights: [1, 5.5, 25]", "weights: [1, 25, 100]"))
+    asked = {step.name: set(policy.bounds(step)) for step in policy.plan() if step.kind == "canary"}
+    assert asked["canary 1%"] == {"error_ceiling", "ledger"}
+    assert asked["canary 25%"] == asked["canary 100%"] == {"error_rate_delta", "error_ceiling", "ledger"}
