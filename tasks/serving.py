@@ -182,7 +182,8 @@ def canary(context: Context, gate: Canary, weight: float, judged: Judged) -> See
 
     step = f"{gate.name or gate.kind} {weight:g}%"
     seen = _watched(context, gate, step, head, poll, gate.max, judged, gate.dwell or timedelta(0))
-    both = _since(target.observe(model), before, challenger), _since(target.observe(model), before, champion)
+    now = target.observe(model)
+    both = _since(now, before, challenger), _since(now, before, champion)
     if total := sum(served.requests for served in both):
         # Setting is not having: the share that the challenger really answered.
         seen.measurements["share"] = proportion(both[0].requests, total, SHARE_CONFIDENCE)
