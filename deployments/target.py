@@ -1,9 +1,10 @@
 """The few verbs of a serving target, and the values they speak in. Pure: no I/O here."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 FULL = 10_000
 """A weight or a mirror of 100 %, in hundredths of a percent."""
@@ -68,11 +69,67 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Match:
+    """Requests whose header `header` (case does not matter) is exactly `value`: a tenant, a region, a class."""
+
+    header: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Requests that `match` are answered by `version`, whatever the weights say."""
+
+    match: Match
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most `per_second` live requests reach `version`; the rest goes on along the chain, and where that ends
+    the caller gets a 429.
+    """
+
+    version: str
+    per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is asked of live traffic besides weights; it stays as it is while champions change.
+
+    The first pin that matches wins. `sticky` names a header: requests with the same value stay on the version
+    that answered them while weights only grow. Requests that match `priority` are taken first where others wait.
+    `fallback` is the version that answers where everything else in the chain fails.
+    """
+
+    pins: tuple[Pin, ...] = ()
+    sticky: str | None = None
+    limits: tuple[Limit, ...] = ()
+    priority: Match | None = None
+    fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        limited = [limit.version for limit in self.limits]
+        if len({*limited}) < len(limited):
+            raise ValueError(f"two limits for one version: {', '.join(limited)}")
+        for limit in self.limits:
+            if limit.per_second <= 0:
+                raise ValueError(f"the limit of version {limit.version} is {limit.per_second}: it must be more than 0")
+
+    @property
+    def versions(self) -> frozenset[str]:
+        """The versions that this shape sends requests to."""
+        named = {pin.version for pin in self.pins}
+        return frozenset(named | {self.fallback} if self.fallback is not None else named)
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """Who answers live requests. Weights are in hundredths of a percent (1 % is 100).
 
-    `challenger` receives `weight` of the live requests and a copy of `mirror` of them; `fallback` answers
-    where the first choice fails. A champion without challenger serves everything.
+    `challenger` receives `weight` of the live requests and a copy of `mirror` of them; `fallback` (the previous
+    champion, say) answers where the first choice fails. A champion without challenger serves everything.
     """
 
     model: str
@@ -81,6 +138,7 @@ class Traffic:
     weight: int = 0
     mirror: int = 0
     fallback: str | None = None
+    shape: Shape = Shape()
 
     def __post_init__(self) -> None:
         for name, value in (("weight", self.weight), ("mirror", self.mirror)):
@@ -91,10 +149,15 @@ class Traffic:
         if self.challenger == self.champion:
             raise ValueError(f"version {self.champion} cannot challenge itself")
 
+    def chain(self, version: str) -> tuple[str, ...]:
+        """Who answers a request meant for `version`, in order: itself, the champion, the fallbacks."""
+        chain = (version, self.champion, self.fallback, self.shape.fallback)
+        return tuple(dict.fromkeys(one for one in chain if one is not None))
+
     @property
     def live(self) -> frozenset[str]:
-        """The versions that this traffic can reach (mirror and fallback included)."""
-        reached = {self.champion, self.fallback}
+        """The versions that this traffic can reach (mirror, pins and fallbacks included)."""
+        reached = {self.champion, self.fallback, *self.shape.versions}
         if self.weight or self.mirror:
             reached.add(self.challenger)
         return frozenset(version for version in reached if version is not None)
@@ -172,6 +235,21 @@ class Answer:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a model's journal: what is about to happen to it, or did. `number` grows with every line,
+    `fence` is the number of the lease it was written under, `at` seconds since the epoch; `data` is JSON-able.
+    """
+
+    model: str
+    promotion: str
+    kind: str
+    data: Mapping[str, Any]
+    number: int = 0
+    fence: int = 0
+    at: float = 0.0
+
+
 class ServingTarget(Protocol):
     """Where models answer. Every verb is idempotent and returns once it holds true.
 
@@ -183,6 +261,28 @@ class ServingTarget(Protocol):
 
     def release(self, fence: Fence) -> None:
         """Give the lease back; a fence that is stale already is no error."""
+
+    def guard(self, fence: Fence) -> AbstractContextManager[None]:
+        """Hold off every later holder of the lease while the block runs: for side effects elsewhere (the registry)
+        that know no fences. Raises `StaleFence` where the lease is not ours any more; the block does not run then.
+        """
+
+    def write(self, entry: Entry, fence: Fence) -> None:
+        """Append to the journal of the fence's model; it outlives this process once this returns."""
+
+    def journal(self, model: str) -> tuple[Entry, ...]:
+        """The journal of `model`, oldest line first: all of promotions not closed yet, and the latest line of kind
+        "end" of those that are.
+        """
+
+    def keep(self, model: str, warm: int, fence: Fence) -> None:
+        """Record how many versions of `model` stay loaded and warm whatever serves (0: none but those in use)."""
+
+    def kept(self, model: str) -> int:
+        """What `keep` recorded last; 0 at first."""
+
+    def models(self) -> tuple[str, ...]:
+        """The models that are served here."""
 
     def deploy(self, version: Version, fence: Fence) -> Endpoint:
         """Serve `version` beside the others: ready and warm, without traffic. Raises `NeverReady`."""

@@ -5,6 +5,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from deployments.artifact import digest
@@ -12,6 +13,7 @@ from deployments.target import (
     FULL,
     Answer,
     Endpoint,
+    Entry,
     Fence,
     Histogram,
     LeaseHeld,
@@ -78,6 +80,9 @@ class FakeTarget:
         self._numbers: dict[str, int] = {}
         self._versions: dict[str, dict[str, Version]] = {}
         self._traffic: dict[str, Traffic] = {}
+        self._journal: list[Entry] = []
+        self._lines = 0
+        self._warm: dict[str, int] = {}
         self._counts: dict[str, dict[str, _Counts]] = {}
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
@@ -102,6 +107,36 @@ class FakeTarget:
         self._may_fail("release")
         if self._leases.get(fence.model, (None, 0.0))[0] == fence:
             del self._leases[fence.model]
+
+    @contextmanager
+    def guard(self, fence: Fence) -> Iterator[None]:
+        self._check(fence.model, fence)
+        yield
+
+    def write(self, entry: Entry, fence: Fence) -> None:
+        self._may_fail("write")
+        self._check(entry.model, fence)
+        if entry.kind == "end":
+            self._journal = [
+                one
+                for one in self._journal
+                if one.model != entry.model or (one.promotion != entry.promotion and one.kind != "end")
+            ]
+        self._lines += 1
+        self._journal.append(replace(entry, number=self._lines, fence=fence.number, at=time.time()))
+
+    def journal(self, model: str) -> tuple[Entry, ...]:
+        return tuple(one for one in self._journal if one.model == model)
+
+    def keep(self, model: str, warm: int, fence: Fence) -> None:
+        self._check(model, fence)
+        self._warm[model] = warm
+
+    def kept(self, model: str) -> int:
+        return self._warm.get(model, 0)
+
+    def models(self) -> tuple[str, ...]:
+        return tuple(self._versions)
 
     def deploy(self, version: Version, fence: Fence) -> Endpoint:
         self._may_fail("deploy")

@@ -1,4 +1,4 @@
-"""What this machine serves, in one small database: leases, endpoints, gateway ports, the traffic in force.
+"""What this machine serves, in one small database: leases, the journal, endpoints, gateway ports, the traffic in force.
 
 Not a cache of the data plane: the target reads that back. This is what outlives a restart, and where leases
 live, beside the thing they protect.
@@ -12,11 +12,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deployments.target import Fence, LeaseHeld, StaleFence, TargetError, TargetUnavailable, Traffic
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
+
+from deployments.target import Entry, Fence, LeaseHeld, StaleFence, TargetError, TargetUnavailable, Traffic
 
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS lease (
-    model TEXT PRIMARY KEY, holder TEXT, number INTEGER NOT NULL, since REAL NOT NULL, expires REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS holder (
+    model TEXT PRIMARY KEY, holder TEXT, number INTEGER NOT NULL, since REAL NOT NULL, renewed REAL NOT NULL,
+    boot TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS journal (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, model TEXT NOT NULL, promotion TEXT NOT NULL, kind TEXT NOT NULL,
+    data TEXT NOT NULL, fence INTEGER NOT NULL, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS pool (model TEXT PRIMARY KEY, warm INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS endpoint (
     model TEXT, version TEXT, port INTEGER NOT NULL UNIQUE, path TEXT NOT NULL, digest TEXT NOT NULL,
     python TEXT NOT NULL, ready INTEGER NOT NULL, PRIMARY KEY (model, version));
@@ -25,6 +33,11 @@ CREATE TABLE IF NOT EXISTS traffic (model TEXT PRIMARY KEY, traffic TEXT NOT NUL
 CREATE TABLE IF NOT EXISTS config (number INTEGER NOT NULL);
 INSERT INTO config SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM config);
 """
+_TRAFFIC = TypeAdapter(Traffic)
+END = "end"
+"""The kind of the line that closes a promotion in the journal."""
+GUARD_TIMEOUT = 100.0
+"""Seconds that a new holder waits for the old one's write to the registry: MLflow's client gives up before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +61,15 @@ class Deployed:
 class State:
     """The state database at `path`; every call is one transaction.
 
-    `ttl` is how long a lease lasts without being renewed, in seconds. `clock` is wall-clock time, because
-    leases outlive processes.
+    `ttl` is how long a lease lasts without being renewed, in seconds. `clock` counts seconds since the machine
+    started, whatever is done to the time of day; `boot` names that start: no holder survives another.
     """
 
-    def __init__(self, path: Path, ttl: float = 60.0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, path: Path, ttl: float = 60.0, clock: Callable[[], float] = time.monotonic, boot: str | None = None
+    ) -> None:
         self._path, self._ttl, self._clock = path, ttl, clock
+        self._boot = _boot_id() if boot is None else boot
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._transaction() as db:
             for statement in filter(str.strip, _SCHEMA.split(";")):
@@ -80,25 +96,36 @@ class State:
 
     def lease(self, model: str, holder: str) -> Fence:
         """Take or renew the lease. Raises `LeaseHeld`."""
-        with self._transaction() as db:
+        with contextlib.ExitStack() as stack:
+            if self._holder(model) not in {None, holder}:
+                # Whoever had it may be writing to the registry this very moment: see `guard`.
+                stack.enter_context(self._guarded(model))
+            db = stack.enter_context(self._transaction())
             now = self._clock()
-            row = db.execute("SELECT holder, number, since, expires FROM lease WHERE model=?", (model,)).fetchone()
-            if row is not None and row[0] is not None and row[0] != holder and now < row[3]:
-                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row[2]))
-                raise LeaseHeld(f"{model} is held by {row[0]} since {when}")
-            mine = row is not None and row[0] == holder
-            number = row[1] if mine else (row[1] if row else 0) + 1
-            db.execute(
-                "INSERT OR REPLACE INTO lease VALUES (?,?,?,?,?)",
-                (model, holder, number, row[2] if mine else now, now + self._ttl),
-            )
+            row = db.execute("SELECT * FROM holder WHERE model=?", (model,)).fetchone()
+            _, held_by, number, since, renewed, boot = row or (model, None, 0, 0.0, 0.0, "")
+            left = self._ttl - (now - renewed) if boot == self._boot and now >= renewed else 0.0
+            if held_by not in {None, holder} and left > 0:
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+                raise LeaseHeld(
+                    f"{model} is held by {held_by} since {when}; its lease lapses in {left:.0f} s unless it is renewed"
+                )
+            if held_by != holder:
+                number, since = number + 1, time.time()
+            values = (model, holder, number, since, now, self._boot)
+            db.execute("INSERT OR REPLACE INTO holder VALUES (?,?,?,?,?,?)", values)
             return Fence(model, holder, number)
+
+    def _holder(self, model: str) -> str | None:
+        with self._transaction() as db:
+            row = db.execute("SELECT holder FROM holder WHERE model=?", (model,)).fetchone()
+        return row[0] if row else None
 
     def release(self, fence: Fence) -> None:
         """Give the lease back; the number stays, so that it never comes again."""
         with self._transaction() as db:
             db.execute(
-                "UPDATE lease SET holder=NULL, expires=0 WHERE model=? AND holder=? AND number=?",
+                "UPDATE holder SET holder=NULL WHERE model=? AND holder=? AND number=?",
                 (fence.model, fence.holder, fence.number),
             )
 
@@ -109,19 +136,85 @@ class State:
         A lease that has expired, but that nobody else has taken, is still ours.
         """
         with self._transaction() as db:
-            if fence.model != model:
-                raise StaleFence(f"a fence for {fence.model} does not open {model}")
-            row = db.execute("SELECT holder, number FROM lease WHERE model=?", (model,)).fetchone()
-            if row is None or row != (fence.holder, fence.number):
-                holder = row[0] if row and row[0] else "nobody"
-                raise StaleFence(f"{fence.holder} holds fence {fence.number} of {model}; now it is {holder}'s")
-            db.execute("UPDATE lease SET expires=? WHERE model=?", (self._clock() + self._ttl, model))
+            self._check(db, model, fence)
             yield
 
     def check(self, model: str, fence: Fence) -> None:
         """Raise `StaleFence` where `fence` is not the lease in force; renew it where it is."""
         with self.fenced(model, fence):
             pass
+
+    @contextlib.contextmanager
+    def guard(self, fence: Fence) -> Iterator[None]:
+        """As `fenced`, for blocks that take their time: they keep nobody from other models, and reads go on."""
+        with self._guarded(fence.model):
+            self.check(fence.model, fence)
+            yield
+
+    @contextlib.contextmanager
+    def _guarded(self, model: str) -> Iterator[None]:
+        # A file lock ends with its process, however that ends.
+        path = self._path.parent / "run" / f"guard.{model}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, timeout=GUARD_TIMEOUT)
+            lock.acquire()
+        except Timeout as error:
+            raise TargetUnavailable(
+                f"the last holder of {model} has been writing to the registry for {GUARD_TIMEOUT:g} s: is it stopped?"
+            ) from error
+        except OSError as error:
+            raise TargetUnavailable(f"{path}: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _check(self, db: sqlite3.Connection, model: str, fence: Fence) -> None:
+        if fence.model != model:
+            raise StaleFence(f"a fence for {fence.model} does not open {model}")
+        row = db.execute("SELECT holder, number FROM holder WHERE model=?", (model,)).fetchone()
+        if row is None or row != (fence.holder, fence.number):
+            holder = row[0] if row and row[0] else "nobody"
+            raise StaleFence(f"{fence.holder} holds fence {fence.number} of {model}; now it is {holder}'s")
+        db.execute("UPDATE holder SET renewed=?, boot=? WHERE model=?", (self._clock(), self._boot, model))
+
+    # --- the journal
+
+    def write(self, entry: Entry, fence: Fence) -> None:
+        """Append a line. An "end" takes the place of all that its promotion, and the one before, have left."""
+        with self._transaction() as db:
+            self._check(db, entry.model, fence)
+            if entry.kind == END:
+                db.execute(
+                    "DELETE FROM journal WHERE model=? AND (promotion=? OR kind=?)",
+                    (entry.model, entry.promotion, END),
+                )
+            values = (entry.model, entry.promotion, entry.kind, json.dumps(entry.data), fence.number, time.time())
+            db.execute("INSERT INTO journal (model, promotion, kind, data, fence, at) VALUES (?,?,?,?,?,?)", values)
+
+    def journal(self, model: str) -> tuple[Entry, ...]:
+        """The lines of a model, oldest first."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT model, promotion, kind, data, number, fence, at FROM journal WHERE model=? ORDER BY number",
+                (model,),
+            ).fetchall()
+        return tuple(Entry(one, promotion, kind, json.loads(data), *rest) for one, promotion, kind, data, *rest in rows)
+
+    # --- the warm pool
+
+    def keep(self, model: str, warm: int, fence: Fence) -> None:
+        """Record how many versions stay warm."""
+        with self._transaction() as db:
+            self._check(db, model, fence)
+            db.execute("INSERT OR REPLACE INTO pool VALUES (?,?)", (model, warm))
+
+    def kept(self, model: str) -> int:
+        """How many versions stay warm; 0 where nobody said."""
+        with self._transaction() as db:
+            row = db.execute("SELECT warm FROM pool WHERE model=?", (model,)).fetchone()
+        return int(row[0]) if row else 0
 
     # --- endpoints and gateways
 
@@ -178,10 +271,16 @@ class State:
         """The traffic that was last made to hold."""
         with self._transaction() as db:
             row = db.execute("SELECT traffic FROM traffic WHERE model=?", (model,)).fetchone()
-        return Traffic(**json.loads(row[0])) if row else None
+        return _TRAFFIC.validate_json(row[0]) if row else None
 
     def save_traffic(self, traffic: Traffic, number: int) -> None:
         """Record the traffic that holds under this configuration number."""
         with self._transaction() as db:
-            values = (traffic.model, json.dumps(asdict(traffic)), number)
+            values = (traffic.model, _TRAFFIC.dump_json(traffic).decode(), number)
             db.execute("INSERT OR REPLACE INTO traffic VALUES (?,?,?)", values)
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""  # elsewhere a clock that has begun anew tells, when it shows less than was recorded

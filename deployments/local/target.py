@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from deployments.local.supervisor import Program, Status, Supervisor, wait_for
 from deployments.target import (
     Answer,
     Endpoint,
+    Entry,
     Fence,
     NeverReady,
     Served,
@@ -153,6 +155,26 @@ class LocalTarget:
     def release(self, fence: Fence) -> None:
         """Give the lease back; a stale fence is no error."""
         self._state.release(fence)
+
+    def guard(self, fence: Fence) -> AbstractContextManager[None]:
+        """Hold off every later holder of the lease while the block runs."""
+        return self._state.guard(fence)
+
+    def write(self, entry: Entry, fence: Fence) -> None:
+        """Append to the journal; it is on the disk once this returns."""
+        self._state.write(entry, fence)
+
+    def journal(self, model: str) -> tuple[Entry, ...]:
+        """The journal of `model`, oldest line first."""
+        return self._state.journal(model)
+
+    def keep(self, model: str, warm: int, fence: Fence) -> None:
+        """Record how many versions of `model` stay loaded."""
+        self._state.keep(model, warm, fence)
+
+    def kept(self, model: str) -> int:
+        """How many versions of `model` stay loaded, whatever serves."""
+        return self._state.kept(model)
 
     def deploy(self, version: Version, fence: Fence) -> Endpoint:
         """Start the version's server and wait until it is warm, healthy in the gateway and reachable at

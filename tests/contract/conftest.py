@@ -233,7 +233,7 @@ class LocalWorld:
 
     def expire(self, fence: Fence) -> None:
         with self.local._state._transaction() as db:
-            db.execute("UPDATE lease SET expires=0 WHERE model=?", (fence.model,))
+            db.execute("UPDATE holder SET renewed=-1e9 WHERE model=?", (fence.model,))
 
 
 def make_models(root: Path) -> Path:
