@@ -1,8 +1,8 @@
 """The few verbs of a serving target, and the values they speak in. Pure: no I/O here."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -56,6 +56,15 @@ class Fence:
     model: str
     holder: str
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a lease. `since` is in seconds since the epoch; `left` seconds until it lapses, 0 where it has."""
+
+    name: str
+    since: float
+    left: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,15 @@ class Shape:
         """The versions that this shape sends requests to."""
         named = {pin.version for pin in self.pins}
         return frozenset(named | {self.fallback} if self.fallback is not None else named)
+
+    def without(self, gone: Container[str]) -> "Shape":
+        """The same without a word of the versions `gone`."""
+        return replace(
+            self,
+            pins=tuple(pin for pin in self.pins if pin.version not in gone),
+            limits=tuple(limit for limit in self.limits if limit.version not in gone),
+            fallback=None if self.fallback is not None and self.fallback in gone else self.fallback,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +240,8 @@ class Answer:
     """One request that a version's server answered, with its bodies as they went over the wire.
 
     `number` grows by one with every answer of one server process, so a gap shows what was lost.
-    `seconds` is the time inside the server; `at` is seconds since the epoch.
+    `seconds` is the time inside the server; `at` is seconds since the epoch. `own_path`: the caller asked for this
+    version by name, so it is not live traffic.
     """
 
     number: int
@@ -233,6 +252,7 @@ class Answer:
     response: bytes
     at: float
     seconds: float
+    own_path: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +276,18 @@ class ServingTarget(Protocol):
     All raise `TargetError`; those that change something raise `StaleFence` for a fence that has lapsed.
     """
 
-    def lease(self, model: str, holder: str) -> Fence:
-        """Take the lease of `model` for a while (or renew one's own). Raises `LeaseHeld`."""
+    def lease(self, model: str, holder: str, *, take: bool = False) -> Fence:
+        """Take the lease of `model` for a while (or renew one's own). Raises `LeaseHeld`; with `take` it is taken from
+        whoever holds it, whose fence is stale from then on.
+        """
+
+    def renew(self, fence: Fence) -> float:
+        """Make the lease last again; returns for how many seconds. Raises `StaleFence` where it is not ours any
+        more.
+        """
+
+    def holder(self, model: str) -> Holder | None:
+        """Who holds the lease of `model`, or did until it lapsed; None where it was given back."""
 
     def release(self, fence: Fence) -> None:
         """Give the lease back; a fence that is stale already is no error."""

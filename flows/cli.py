@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 from rich.markup import escape
@@ -36,24 +38,33 @@ app = App(
     help_format="plaintext",
     version=lambda: version("titleshot"),
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # `run` has a line for it
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Names and values are printed as they are: `:x:` is no picture.
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 Json = Annotated[bool, Parameter(name="--json", negative=())]
 Flag = Annotated[bool, Parameter(negative=())]
+Many = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 
 
 @app.command
-def up(*, mlflow_port: int | None = None, prefect_port: int | None = None) -> int:
+def up(*, mlflow_port: int | None = None, prefect_port: int | None = None, restart: Flag = False) -> int:
     """Start the local stack: MLflow, Prefect, the gateway, and the champions as they served before.
 
     Args:
+        restart: Where it is up, start the gateway's processes anew, one after the other; no request is lost.
         mlflow_port: Port for MLflow's server and UI; a free one is chosen otherwise, and kept.
         prefect_port: Port for Prefect's server and UI; a free one is chosen otherwise, and kept.
     """
     from tasks import stack
 
     settings = settings_of.load()
+    if restart and stack.settings_target(settings).supervisor.up():
+        _say("starting the gateway anew, one process after the other")
+        stack.settings_target(settings).restart_gateway()
+        _print_status(_status())
+        return FINE
     stack.up(settings, {"mlflow": mlflow_port, "prefect": prefect_port}, _say)
     _print_status(_status())
     return FINE
@@ -117,12 +128,17 @@ def promote(
         again: Admit a version that was rejected before, unchanged.
         anew: Forget what was observed of this very artifact before; it goes on counting otherwise.
     """
-    settings_of.load().connect()
+    settings = settings_of.load()
+    settings.connect()
     from flows.promote import promote as flow
     from tasks.progress import listening
 
+    begun = time.time()
     with listening(_say):
-        result = flow(model=model, policy=str(policy.resolve()), version=version, again=again, anew=anew)
+        try:
+            result = flow(model=model, policy=str(policy.resolve()), version=version, again=again, anew=anew)
+        except httpx.TransportError as error:
+            result = _ended(settings, model, begun, error)
     if json_:
         _json(result)
     else:
@@ -225,12 +241,25 @@ def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> 
         model: Name of the registered model.
         reason: Kept in the history and on the version that loses its place.
     """
-    settings_of.load().connect()
-    from flows.rollback import rollback as flow
+    settings = settings_of.load()
+    settings.connect(needed=())
+    from tasks import swap
     from tasks.progress import listening
+    from tasks.stack import settings_target
 
+    target = settings_target(settings)
+    _refuse_down(settings, target.supervisor.up())
     with listening(_say):
-        result = flow(model=model, reason=reason)
+        # Before anything that takes seconds to import, or that may not answer.
+        ordered = swap.order(settings, target, model, reason).id
+        from flows.rollback import rollback as flow
+        from flows.rollback import run
+
+        if settings.answers(settings.prefect):
+            result = flow(model=model, reason=reason, ordered=ordered)
+        else:
+            _say("Prefect does not answer: this rollback has no flow run")
+            result = run(model, reason, ordered)
     if json_:
         _json(result)
     elif result["phase"] == "rolled back":
@@ -238,6 +267,157 @@ def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> 
     else:
         out.print(f"{model}: [bold magenta]degraded[/], look at `titleshot status`: {escape(result['why'])}")
     return FINE if result["phase"] == "rolled back" else ERROR
+
+
+@app.command
+def recover(model: str | None = None, /, *, json_: Json = False) -> int:
+    """Bring promotions to their end that their process left behind: forward or back, by the journal.
+
+    Args:
+        model: Name of the registered model; all of them otherwise.
+    """
+    settings = settings_of.load()
+    settings.connect(needed=())
+    from tasks.progress import listening
+    from tasks.stack import settings_target
+
+    target = settings_target(settings)
+    _refuse_down(settings, target.supervisor.up())
+    if model is not None and model not in target.models():
+        raise Mistake(f"{model} is not served here: `titleshot status` lists what is", code=WRONG_USE)
+    with listening(_say):
+        from flows.recover import recover as bring
+
+        done = [bring(settings, name, settings.lease_seconds + 5) for name in ([model] if model else target.models())]
+    ended = [one for one in done if one is not None]
+    if json_:
+        _json(ended)
+    else:
+        for one in ended:
+            out.print(f"{one['promotion']}: [{STYLES.get(one['phase'], '')}]{one['phase']}[/]  {escape(one['why'])}")
+        if not ended:
+            out.print("nothing was left behind")
+    return ERROR if any(one["phase"] == "degraded" for one in ended) else FINE
+
+
+@app.command
+def watch(*, every: float | None = None) -> int:
+    """Look for promotions left behind and for disagreements, and mend the first; `titleshot up` starts it by itself.
+
+    Args:
+        every: Seconds between two looks, for ever; one look otherwise.
+    """
+    settings = settings_of.load()
+    settings.connect(needed=())
+    from tasks.stack import settings_target
+
+    target = settings_target(settings)
+    _refuse_down(settings, target.supervisor.up())
+    if every is not None:
+        from tasks.lookout import for_ever
+
+        for_ever(settings, target, every, _say)
+    from flows.watch import run
+    from tasks.progress import listening
+
+    with listening(_say):
+        found = run()
+    if not found["recovered"] and not found["problems"]:
+        out.print("all is well")
+    return ERROR if found["problems"] else FINE
+
+
+@app.command
+def serve(model: str, /, *, warm: int | None = None, json_: Json = False) -> int:
+    """Keep versions of a model loaded, so that a promotion to one of them or back loads nothing; or show which are.
+
+    Args:
+        model: Name of the registered model.
+        warm: How many: champion, previous, challenger, then the newest; 0 keeps the first two alone. Each is a process.
+    """
+    settings = settings_of.load()
+    if warm is not None:
+        settings.connect(needed=("MLflow",))
+    from tasks import pool
+    from tasks.progress import listening
+    from tasks.stack import settings_target
+
+    target, left_out = settings_target(settings), {}
+    _refuse_down(settings, target.supervisor.up())
+    if warm is not None:
+        with listening(_say):
+            left_out = pool.serve(settings, target, model, warm)
+    found = pool.look(target, model)
+    if json_:
+        _json({**found, "left_out": left_out})
+        return FINE
+    out.print(f"[bold]{model}[/]  POST {found['gateway']}/invocations")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("version", "role", "state", "pid", "memory"):
+        table.add_column(column)
+    for one in found["versions"]:
+        memory = "" if one["megabytes"] is None else f"{one['megabytes']} MB"
+        state = f"[{STYLES.get(one['state'], 'red')}]{one['state']}[/]"
+        table.add_row(f"v{one['version']}", escape(one["role"]), state, str(one["pid"]), memory)
+    out.print(table)
+    out.print(pool.summary(found))
+    return FINE
+
+
+@app.command
+def route(
+    model: str,
+    /,
+    *,
+    pin: Many = (),
+    unpin: Many = (),
+    sticky: str | None = None,
+    limit: Many = (),
+    priority: str | None = None,
+    fallback: str | None = None,
+    clear: Many = (),
+    json_: Json = False,
+) -> int:
+    """Show what the gateway obeys, or change what is asked of live traffic besides weights; versions may be aliases.
+
+    Args:
+        model: Name of the registered model.
+        pin: HEADER=VALUE:VERSION: requests with this header are answered by this version.
+        unpin: HEADER=VALUE: these requests go where all others go again.
+        sticky: A header that a user keeps: who sends the same value stays on the same version while weights grow.
+        limit: VERSION=RATE, like 3=20/s: live requests that reach this version; `none` for no limit.
+        priority: HEADER=VALUE: requests that are taken before others.
+        fallback: The version that answers what champion and previous champion both fail.
+        clear: What to take away first: pins, sticky, limits, priority, fallback, all.
+    """
+    settings = settings_of.load()
+    from tasks import shape
+    from tasks.stack import settings_target
+
+    words: dict[str, Any] = {"sticky": sticky, "limit": limit, "priority": priority, "fallback": fallback}
+    asked = shape.read(pin=pin, unpin=unpin, clear=clear, **words)
+    settings.connect(needed=())
+    target = settings_target(settings)
+    _refuse_down(settings, target.supervisor.up())
+    traffic = shape.route(target, model, asked) if asked.anything else shape.obeyed(target, model)
+    if json_:
+        _json(shape.as_json(traffic, target.gateway(model)))
+        return FINE
+    out.print(f"[bold]{model}[/]  POST {target.gateway(model)}/invocations")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("requests", "share", "answered by"):
+        table.add_column(column)
+    for row in shape.rows(traffic):
+        table.add_row(*map(escape, row))
+    out.print(table)
+    for note in shape.notes(traffic):
+        out.print(escape(note))
+    return FINE
+
+
+def _refuse_down(settings: settings_of.Settings, up: bool) -> None:  # noqa: FBT001
+    if not up:
+        raise Mistake(f"nothing is up in {settings.home}: start it with `titleshot up`")
 
 
 @app.command
@@ -339,10 +519,16 @@ def suite(model: str, /, *, to: Path = Path("suite.json"), version: str | None =
 
 
 @app.command
-def doctor(*, json_: Json = False) -> int:
-    """Check this machine and this environment for what is known to break the stack, each with its mend."""
+def doctor(*, mend: Flag = False, json_: Json = False) -> int:
+    """Check this machine and this environment for what is known to break the stack, each with its mend.
+
+    Args:
+        mend: First bring alias, journal and traffic together where they disagree, and clean up what nobody needs.
+    """
     from tasks.doctor import examine
 
+    if mend:
+        _mend()
     found = examine(settings_of.load())
     if json_:
         _json([dataclasses.asdict(finding) for finding in found])
@@ -353,6 +539,38 @@ def doctor(*, json_: Json = False) -> int:
             if not finding.fine:
                 out.print(f"     [yellow]{escape(finding.mend)}[/]")
     return FINE if all(finding.fine for finding in found) else ERROR
+
+
+def _ended(settings: settings_of.Settings, model: str, begun: float, error: Exception) -> dict[str, Any]:
+    """How a promotion ended whose flow run Prefect, which is away, could not be told of; the error where it did not."""
+    from flows.drive import outcome
+    from tasks import history
+    from tasks.journal import agreed
+    from tasks.stack import settings_target
+
+    last = agreed(settings_target(settings), model)
+    if last is None or last.at < begun:
+        raise error
+    _say(f"Prefect does not answer at {settings.prefect}: its flow run does not show how this ended")
+    return outcome(history.stored(history.entry(last.promotion).run_id))
+
+
+def _mend() -> None:
+    from tasks.lookout import leftovers
+    from tasks.progress import listening
+    from tasks.stack import settings_target
+    from tasks.status import status as look
+
+    settings = settings_of.load()
+    with listening(_say):
+        for one in look(settings)["models"]:
+            if one["problems"]:
+                from flows.recover import mend
+
+                for words in mend(settings, one["model"], settings.lease_seconds + 5):
+                    out.print(f"[green]mended[/] {escape(words)}")
+    for words in leftovers(settings, settings_target(settings), mend=True):
+        out.print(f"[green]cleaned[/] {escape(words)}")
 
 
 def _status() -> dict[str, Any]:
@@ -385,10 +603,12 @@ def _print_status(found: dict[str, Any]) -> None:
         )
         out.print(f"\n[bold]{model['model']}[/]: v{model['serving']} serves{challenger}")
         out.print(f"  POST {model['gateway']}/invocations")
-        if not model["agrees"]:
-            out.print(
-                f"  [red]the alias champion names {model['alias'] or 'nothing'}: traffic and registry disagree[/]"
-            )
+        if model["fallback"]:
+            out.print(f"  [dim]where it fails, v{model['fallback']} answers[/]")
+        if model["under_way"]:
+            out.print(f"  [yellow]under way: {escape(model['under_way'])}[/]")
+        for problem in model["problems"]:
+            out.print(f"  [red]{escape(problem)}[/]")
 
 
 def _print_plan(steps: list[Any], took: dict[str, float]) -> None:

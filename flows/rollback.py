@@ -1,80 +1,50 @@
-"""The operator's button: the previous version becomes champion again, traffic first."""
+"""The operator's button: the version that served before becomes champion again, traffic first."""
 
 import secrets
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger
 
-from flows.promote import contender, flow_run_tags, leased
-from tasks import history, registry, serving
-from tasks.context import Context, Seen
-from tasks.progress import listening, say
-from tasks.settings import Mistake
+from flows import recover
+from tasks import swap
+from tasks.agreement import leased
+from tasks.journal import agreed, opened
+from tasks.progress import listening
 from tasks.settings import load as load_settings
 from tasks.stack import settings_target
-from validations.policy import ACTIONS, ROLLBACK
-from validations.verdict import Outcome, judge
 
 
 @flow(name="rollback", flow_run_name="rollback {model}", persist_result=False, retries=0)
-def rollback(model: str, reason: str = "by hand") -> dict[str, Any]:
-    """Give all traffic of `model` back to the version that the alias `previous` names, and the alias too.
+def rollback(model: str, reason: str = "by hand", ordered: str | None = None) -> dict[str, Any]:
+    """Give all traffic of `model` back to the version that served before, and then the alias too.
 
-    The version that loses its place keeps `reason` in its tags and is quarantined. Returns model, from,
-    to, phase ("rolled back" or "degraded") and why.
+    A promotion that is under way ends by it: its challenger loses every request. Otherwise the champion makes room
+    for the version before it, keeps `reason` in its tags and is quarantined. `ordered` names a rollback, or a
+    promotion, whose traffic has gone back already and which is to be brought to its end. Returns model, from, to,
+    phase ("rolled back", "rejected" or "degraded") and why.
     """
     logger = get_run_logger()
     with listening(logger.info):
-        return run(model, reason)
+        return run(model, reason, ordered)
 
 
-def run(model: str, reason: str) -> dict[str, Any]:
-    """One rollback, inside a flow run."""
+def run(model: str, reason: str, ordered: str | None = None) -> dict[str, Any]:
+    """One rollback. Route first: neither MLflow nor Prefect is asked before it holds."""
     settings = load_settings()
-    settings.connect()
-    registry.versions(model)
-    champion, previous = (registry.aliased(model, alias) for alias in (registry.CHAMPION, registry.PREVIOUS))
-    if champion is None or previous is None:
-        missing = registry.CHAMPION if champion is None else registry.PREVIOUS
-        raise Mistake(f"{model} has no version with the alias {missing}: there is nothing to roll back to", code=2)
+    settings.connect(needed=())
     target = settings_target(settings)
-    identifier = f"{model}-rollback-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    with leased(target, model, identifier) as fence:
-        context = Context(
-            model=model,
-            settings=settings,
-            target=target,
-            fence=fence,
-            base=Path(),
-            folder=settings.home / "promotions" / identifier,
-            champion=contender(registry.find(model, champion), settings, serving=True),
-            challenger=contender(registry.find(model, previous), settings, serving=True),
-            previous=previous,
-        )
-        say(f"{identifier}: v{previous} takes the place of v{champion} again ({reason})")
-        try:
-            seen = serving.swap_back(context)
-        except Exception as error:  # noqa: BLE001 - traffic may have moved: what happened must be recorded
-            seen = Seen({}, f"{type(error).__name__}: {error}")
-        verdict = judge(ROLLBACK.name, ACTIONS["rollback"], seen.evidence())
-    passed = verdict.outcome is Outcome.PASSED
-    phase = "rolled back" if passed else "degraded"
-    if passed:
-        quarantine = f"{phase} in {identifier}: {reason}"
-        registry.tag(model, champion, phase=phase, outcome="", verdict=reason, quarantine=quarantine)
-        story = f"rollback of v{champion}: {reason}"
-        registry.tag(model, previous, phase="promoted", outcome="", promotion=identifier, verdict=story, quarantine="")
-    tags = {"kind": "rollback", "champion": champion, "challenger": previous, "step": ROLLBACK.name}
-    run_id = history.open_run(model, identifier, {**tags, "phase": phase, "why": reason, **flow_run_tags()})
-    history.log_verdict(run_id, verdict, 1, "")
-    history.finish(run_id)
-    say(f"{identifier}: {phase} - {seen.note}")
-    return {
-        "model": model,
-        "from": champion,
-        "to": previous,
-        "phase": phase,
-        "why": seen.note if passed else verdict.why,
-    }
+    name = ordered or swap.order(settings, target, model, reason).id
+    with leased(target, model, f"end of {name} ({secrets.token_hex(2)})", take=True) as fence:
+        left = opened(target, model)
+        done = None
+        if left is not None and left.id == name:
+            done = recover.finish(settings, target, model, fence, f"an operator rolled it back: {reason}")
+        if done is None:  # somebody else has recovered it meanwhile
+            last = agreed(target, model)
+            assert last is not None
+            ends = {"from": last.previous, "to": last.champion, "phase": last.phase}
+            return {"model": model, "promotion": name, **ends, "why": "it was brought to its end by another process"}
+    if "from" in done:
+        return done
+    ends = {"from": done["challenger"], "to": done["champion"], "phase": done["phase"], "why": done["why"]}
+    return {"model": model, "promotion": done["promotion"], **ends}

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from tasks.settings import Mistake, Settings, writable
 from tasks.stack import free_gigabytes, free_port, settings_target
@@ -113,15 +114,17 @@ def _servers(settings: Settings) -> Finding:
             mend = "stop the programs there, or `titleshot up --mlflow-port N --prefect-port N`"
             return Finding("ports", fine=False, found=f"in use by other programs: {listed}", mend=mend)
         return Finding("stack", fine=True, found="not up, its ports are free")
+    return _troubles(settings, found)
+
+
+def _troubles(settings: Settings, found: dict[str, Any]) -> Finding:
+    """What is wrong with a stack that is up."""
     bad = [p["name"] for p in found["programs"] if p["state"] != "RUNNING"]
-    lost = [m["model"] for m in found["models"] if not m["agrees"]]
     if bad:
         return Finding("stack", fine=False, found=f"not running: {', '.join(bad)}", mend=f"read {settings.home}/logs")
-    if lost:
-        return Finding(
-            "stack",
-            fine=False,
-            found=f"traffic and alias disagree: {', '.join(lost)}",
-            mend="set the alias champion, in the MLflow UI, to the version that serves",
-        )
+    lost = [f"{m['model']}: {problem}" for m in found["models"] for problem in m["problems"]]
+    from tasks.lookout import leftovers
+
+    if lost := lost + leftovers(settings, settings_target(settings)):
+        return Finding("stack", fine=False, found="; ".join(lost), mend="titleshot doctor --mend")
     return Finding("stack", fine=True, found=f"{len(found['programs'])} programs run")

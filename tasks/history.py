@@ -7,20 +7,23 @@ verdict changed later is noticed.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tasks.journal import Open
 from tasks.observe import Notebook
 from tasks.registry import TAG, client, dumps
 from tasks.settings import Mistake
+from validations.policy import ROLLBACK
 from validations.promotion import Promotion
 from validations.series import Series
 from validations.verdict import Artifact, Measurement, Verdict
 
 EXPERIMENT = "promotions/"
+EVIDENCE = "evidence"
 
 
 class Tampered(Exception):
@@ -49,26 +52,59 @@ def sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def begin(promotion: Promotion, policy_text: str, tags: dict[str, str]) -> tuple[str, str]:
-    """Open the run of a promotion. Returns its run id, and the digest that the first verdict follows."""
-    run_id = open_run(
-        promotion.policy.model,
-        promotion.id,
-        {
+@dataclass(slots=True)
+class Record:
+    """The pen of one promotion's run. It may lag behind what happened and catches up; whatever it is asked to write
+    again comes to the same bytes, so a promotion that another process goes on with has one run as well.
+
+    `folder` is where the evidence files lie until they are stored.
+    """
+
+    policy_text: str
+    tags: Mapping[str, str]
+    folder: Path
+    run_id: str = ""
+    _chain: str = ""
+    _written: int = 0
+
+    def catch_up(self, promotion: Promotion) -> None:
+        """Write what the run lacks of `promotion`: head, evidence, verdicts, tags. Raises what MLflow's client raises;
+        the next call goes on where this one stopped.
+        """
+        head = dumps(json.loads(promotion.model_copy(update={"verdicts": ()}).model_dump_json()))
+        if not self._chain:
+            self.run_id = self.run_id or _find(promotion) or self._open(promotion)
+            client().log_text(self.run_id, head, "promotion.json")
+            client().log_text(self.run_id, self.policy_text, "policy.yaml")
+            self._chain = sha256(head.encode())
+            client().set_tag(self.run_id, TAG + "chain", self._chain)
+        there = (
+            {info.path for info in client().list_artifacts(self.run_id, "verdicts")} if promotion.verdicts else set()
+        )
+        for number, verdict in enumerate(promotion.verdicts[self._written :], self._written + 1):
+            text = _verdict_text(verdict, self._chain)
+            if _verdict_file(number, verdict) not in there:
+                for artifact in verdict.evidence.artifacts:
+                    client().log_artifact(self.run_id, str(self.folder / artifact.name), EVIDENCE)
+                log_verdict(self.run_id, verdict, number, self._chain)
+            self._chain, self._written = sha256(text.encode()), number
+            client().set_tag(self.run_id, TAG + "chain", self._chain)
+        label(self.run_id, promotion)
+
+    def _open(self, promotion: Promotion) -> str:
+        tags = {
             "kind": "promotion",
             "champion": promotion.champion or "",
             "challenger": promotion.challenger,
             "digest": promotion.digest,
             "policy": promotion.policy.digest,
-            **tags,
-        },
-    )
-    head = dumps(json.loads(promotion.model_copy(update={"verdicts": ()}).model_dump_json()))
-    client().log_text(run_id, head, "promotion.json")
-    client().log_text(run_id, policy_text, "policy.yaml")
-    chain = sha256(head.encode())
-    client().set_tag(run_id, TAG + "chain", chain)
-    return run_id, chain
+        }
+        return open_run(promotion.policy.model, promotion.id, {**tags, **self.tags})
+
+
+def _find(promotion: Promotion) -> str:
+    found = entries(promotion.policy.model, promotion.id)
+    return found[0].run_id if found else ""
 
 
 def open_run(model: str, name: str, tags: dict[str, str]) -> str:
@@ -79,23 +115,36 @@ def open_run(model: str, name: str, tags: dict[str, str]) -> str:
     return str(client().create_run(experiment_id, run_name=name, tags=ours).info.run_id)
 
 
-def record(run_id: str, promotion: Promotion, before: str) -> str:
-    """Write the promotion's last verdict behind the file whose digest is `before`.
+def rolled_back(left: Open, phase: str, why: str, verdict: Verdict, tags: Mapping[str, str]) -> None:
+    """The run of a rollback by hand, with its verdict; where there is one already it is written again."""
+    found = entries(left.model, left.id)
+    said = {
+        "kind": "rollback",
+        "champion": left.of,
+        "challenger": left.to,
+        "step": ROLLBACK.name,
+        "phase": phase,
+        "why": why,
+    }
+    run_id = found[0].run_id if found else open_run(left.model, left.id, {**said, **tags})
+    log_verdict(run_id, verdict, 1, "")
+    finish(run_id)
 
-    Returns the digest of what was written. Measurements become metrics, phase and reason become tags.
+
+def log_verdict(run_id: str, verdict: Verdict, number: int, before: str) -> None:
+    """Write one verdict as the run's `number`th file and its measurements as metrics; `before` is the digest of the
+    file that it follows.
     """
-    digest = log_verdict(run_id, promotion.verdicts[-1], len(promotion.verdicts), before)
-    client().set_tag(run_id, TAG + "chain", digest)
-    label(run_id, promotion)
-    return digest
-
-
-def log_verdict(run_id: str, verdict: Verdict, number: int, before: str) -> str:
-    """Write one verdict as the run's `number`th file and its measurements as metrics. Returns its digest."""
-    text = dumps({"before": before, "verdict": json.loads(verdict.model_dump_json())})
-    client().log_text(run_id, text, f"verdicts/{number:02d}-{slug(verdict.step)}.json")
+    client().log_text(run_id, _verdict_text(verdict, before), _verdict_file(number, verdict))
     log_metrics(run_id, verdict.step, verdict.evidence.measurements, number)
-    return sha256(text.encode())
+
+
+def _verdict_text(verdict: Verdict, before: str) -> str:
+    return dumps({"before": before, "verdict": json.loads(verdict.model_dump_json())})
+
+
+def _verdict_file(number: int, verdict: Verdict) -> str:
+    return f"verdicts/{number:02d}-{slug(verdict.step)}.json"
 
 
 def log_metrics(run_id: str, step: str, measurements: dict[str, Measurement], number: int) -> None:
@@ -121,10 +170,14 @@ def label(run_id: str, promotion: Promotion) -> None:
         client().set_tag(run_id, TAG + "why", decided.why[:4500])
 
 
-def keep(run_id: str, path: Path, folder: str = "evidence") -> Artifact:
-    """Store a file of a step's evidence with the run."""
+def artifact(path: Path) -> Artifact:
+    """A file of a step's evidence as its verdict vouches for it; `Record` stores it."""
+    return Artifact(name=path.name, uri=f"{EVIDENCE}/{path.name}", sha256=sha256(path.read_bytes()))
+
+
+def keep(run_id: str, path: Path, folder: str) -> None:
+    """Store a file beside what a run keeps."""
     client().log_artifact(run_id, str(path), folder)
-    return Artifact(name=path.name, uri=f"{folder}/{path.name}", sha256=sha256(path.read_bytes()))
 
 
 def attach(run_id: str, name: str, data: object) -> None:
@@ -138,7 +191,7 @@ def describe(run_id: str, markdown: str) -> None:
 
 
 def finish(run_id: str) -> None:
-    """Close the run of a promotion that reached an outcome, whichever."""
+    """Close the run of a promotion that reached an outcome, whichever; one that was interrupted before, too."""
     client().set_terminated(run_id, "FINISHED")
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -101,24 +103,69 @@ def _aliases(model: str) -> dict[str, str]:
     return {alias: str(number) for alias, number in found.items()}
 
 
-def set_alias(model: str, alias: str, number: str | None) -> None:
-    """Make `alias` name `number`, or nothing; the stage moves along where the registry still has stages."""
-    if number is None:
-        client().delete_registered_model_alias(model, alias)
-        return
-    client().set_registered_model_alias(model, alias, number)
-    set_stage(model, number, STAGE[alias])
+class Moved(Mistake):
+    """Somebody moved an alias by hand while we were about to: the message says who sees what."""
 
 
-def set_stage(model: str, number: str, stage: str) -> None:
-    """Move a version's stage (None, Staging, Production, Archived); nothing where MLflow has none left."""
+def move(
+    model: str, alias: str, to: str | None, *, of: Collection[str | None], guard: AbstractContextManager[None]
+) -> None:
+    """Make `alias` name `to` (None: nothing) where it names one of `of`; the stage moves along where the registry still
+    has stages. Nothing happens where it is so already. Raises `Moved` where the alias names something else.
+
+    `guard` holds off every other promoter between the look and the change; a hand in the MLflow UI it cannot hold.
+    """
+    with guard:
+        found = aliased(model, alias)
+        if found not in (to, *of):
+            expected = " or ".join(f"v{one}" if one else "nothing" for one in dict.fromkeys(of))
+            raise Moved(
+                f"the alias {alias} of {model} names {f'v{found}' if found else 'nothing'}, not {expected} as when "
+                "this began: someone moved it. It was left as it is: set it in the MLflow UI to the version that "
+                "`titleshot status` shows, or use `titleshot doctor --mend`"
+            )
+        if to is None:
+            if found is not None:
+                client().delete_registered_model_alias(model, alias)
+            return
+        if found != to:
+            client().set_registered_model_alias(model, alias, to)
+        _stage(model, to, STAGE[alias])
+
+
+def unstage(model: str, number: str, guard: AbstractContextManager[None]) -> None:
+    """Give a version that challenges no more the stage of the alias it still has, or None."""
+    with guard:
+        named = [alias for alias in (CHAMPION, PREVIOUS) if aliased(model, alias) == number]
+        _stage(model, number, STAGE[named[0]] if named else "None")
+
+
+def _stage(model: str, number: str, stage: str) -> None:
     transition = getattr(client(), "transition_model_version_stage", None)
-    if transition is None:
+    if transition is None or client().get_model_version(model, number).current_stage == stage:
         return
     with warnings.catch_warnings():
         # Deprecated since MLflow 2.9, and still what many registries are read by.
         warnings.simplefilter("ignore", FutureWarning)
         transition(model, number, stage)
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether this error of MLflow's client, or one behind it, says that the server did not answer: worth another
+    try.
+    """
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import ConnectionError as Refused
+    from requests.exceptions import Timeout
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, Refused | Timeout):
+            return True
+        if isinstance(seen, MlflowException) and (seen.get_http_status_code() >= 500 or "API request to" in str(seen)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def tag(model: str, number: str, **tags: str) -> None:
@@ -139,6 +186,12 @@ def download(version: Registered, into: Path) -> Path:
     into.mkdir(parents=True)
     mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.model}/{version.number}", dst_path=str(into))
     return into
+
+
+def half_downloads(home: Path, model: str) -> list[Path]:
+    """Downloads of versions of `model` that were cut off, or that their promotion did not clean up."""
+    folders = (home / "models" / model).glob("*.*")
+    return [path for path in folders if re.fullmatch(r"\d+\.[0-9a-f]{8}", path.name)]
 
 
 def admit(version: Registered, home: Path) -> tuple[Path, str, str]:

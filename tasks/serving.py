@@ -5,17 +5,22 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deployments.target import NeverReady, Served, TargetError, TargetUnavailable, Traffic
+from deployments.target import NeverReady, Served, TargetError, TargetUnavailable
 from tasks import registry
+from tasks.agreement import agreement, name_champion, patiently, without
 from tasks.context import Context, Judged, Seen
+from tasks.mirroring import Copies
 from tasks.observe import Notebook, Poll, arm, watch_until
 from tasks.progress import say
+from tasks.rollback_time import rollback_time
+from tasks.status import said
 from validations.agreement import Pairing, Side
 from validations.eprocess import bernoulli_interval
 from validations.gates import Canary, Shadow, Watch
@@ -55,7 +60,10 @@ def deploy(context: Context) -> Seen:
 
 @task(cache_policy=NO_CACHE)
 def shadow(context: Context, gate: Shadow, judged: Judged) -> Seen:
-    """Mirror live requests to the challenger and compare its answers with the champion's, in pairs."""
+    """Mirror live requests to the challenger and compare its answers with the champion's, in pairs.
+
+    Where live requests suffer from the copies, mirroring is switched off and the step is errored.
+    """
     champion, challenger = _names(context)
     target, model = context.target, context.model
     pairing = Pairing(
@@ -71,24 +79,39 @@ def shadow(context: Context, gate: Shadow, judged: Judged) -> Seen:
     before = target.observe(model)
     counters = _Counters(before, f"{challenger}-shadow", champion)
     counted = [0, 0]
-    target.route(Traffic(model, champion, challenger, mirror=round(gate.mirror * 100)), context.fence)
+
+    def route(copied: bool) -> None:  # noqa: FBT001 - the one thing that it is asked
+        mirrored = (challenger, round(gate.mirror * 100)) if copied else (None, 0)
+        target.route(context.traffic(champion, mirrored[0], mirror=mirrored[1]), context.fence)
+
+    accounts = [before.get(champion, Served())]
+    with suppress(TargetUnavailable):  # a gateway that began anew since then has the one account only
+        accounts.append(_since(before, context.began, champion))
+    copies = Copies(accounts, gate.max_slowdown, route)
 
     def poll() -> Poll:
         sides: tuple[tuple[str, Side], ...] = ((champion, "champion"), (challenger, "challenger"))
         for number, side in sides:
             for answer in target.answers(model, number, seen_up_to[number]):
                 seen_up_to[number] = answer.number
-                if answer.shadow == (side == "challenger"):
+                # What the champion itself failed says nothing about the challenger.
+                told = answer.shadow if side == "challenger" else not answer.shadow and answer.status < 500
+                if told:
                     pairing.add(side, answer.request_id, answer.status, answer.response, answer.request)
         news = (pairing.pairs - counted[0], pairing.disagreements - counted[1])
         counted[:] = pairing.pairs, pairing.disagreements
-        return Poll(*counters.since(target.observe(model)), *news, slices=tuple(pairing.table()))
+        copy, live = counters.since(target.observe(model))
+        # While the copies are off there is nothing to compare the champion's requests with.
+        compared = live if copies.on else Served()
+        copies.see(live)
+        return Poll(copy, compared, *news, slices=tuple(pairing.table()))
 
     head = _head(before, champion, gate)
     try:
-        seen = _watched(context, gate, gate.name or gate.kind, head, poll, gate.max, judged)
+        seen = _watched(context, gate, gate.name or gate.kind, head, poll, gate.max, copies.judged(judged))
+        seen = copies.told(seen, judged)
     finally:
-        target.route(Traffic(model, champion), context.fence)
+        route(copied=False)
     fields = ", ".join(f"{field} in {count:,}" for field, count in pairing.fields.most_common(3))
     note = f"{seen.note}; they disagree on {fields}" if fields else seen.note
     data = {**seen.data, "agreement": _agreement_data(pairing)}
@@ -174,8 +197,7 @@ def canary(context: Context, gate: Canary, weight: float, judged: Judged) -> See
     # At full weight alone the champion never answers beside it: what it did before is what there is to compare with.
     alone = {"reference": arm(_since(before, context.began, champion))} if gate.deciding == 100 else {}
     head, counters = _head(before, champion, gate, **alone), _Counters(before, challenger, champion)
-    traffic = Traffic(model, champion, challenger, weight=round(weight * 100), fallback=champion)
-    target.route(traffic, context.fence)
+    target.route(context.traffic(champion, challenger, weight=round(weight * 100)), context.fence)
 
     def poll() -> Poll:
         return Poll(*counters.since(target.observe(model)))
@@ -199,17 +221,16 @@ def watch(context: Context, gate: Watch, judged: Judged) -> Seen:
     counters = _Counters(before, challenger, champion)
     head = _head(before, champion, gate)
     if gate.holdback and champion:
-        held_back = Traffic(model, challenger, champion, weight=round(gate.holdback * 100), fallback=champion)
-        target.route(held_back, context.fence)
-    elif champion:
-        head = head.model_copy(update={"reference": arm(_since(context.cut_over, context.began, champion))})
+        target.route(context.traffic(challenger, champion, weight=round(gate.holdback * 100)), context.fence)
+    elif champion and context.reference is not None:
+        head = head.model_copy(update={"reference": context.reference})
 
     def poll() -> Poll:
         return Poll(*counters.since(target.observe(model)))
 
     seen = _watched(context, gate, gate.name or gate.kind, head, poll, gate.run_time, judged, gate.run_time)
     if gate.holdback and champion and judged(seen.measurements) is Outcome.PASSED:
-        target.route(Traffic(model, challenger, fallback=champion), context.fence)
+        target.route(context.traffic(challenger), context.fence)
     return seen
 
 
@@ -217,29 +238,42 @@ def watch(context: Context, gate: Watch, judged: Judged) -> Seen:
 def promote(context: Context) -> Seen:
     """Cut over: all traffic to the challenger, then the aliases and stages; the old champion stays warm.
 
-    The route comes first: an alias that leads the traffic is a lie that a restart would believe.
+    The route comes first: an alias that leads the traffic is a lie that a restart would believe. Nothing is done twice:
+    whoever goes on after a death between the two finds what holds already.
     """
     old = context.champion.number if context.champion else None
     new, model, target = context.challenger.number, context.model, context.target
     named = registry.aliased(model, registry.CHAMPION)
     if named not in (old, new):
-        raise TargetError(
-            f"the alias champion names v{named}, not v{old} as when this promotion began: someone moved it; "
-            "nothing was promoted"
+        raise registry.Moved(
+            f"the alias champion names {said(named)}, not {said(old)}, which the gateway serves as when this promotion "
+            "began: someone moved the alias; nothing was promoted"
         )
-    context.cut_over = target.observe(model)
-    target.route(Traffic(model, new, fallback=old), context.fence)
-    registry.set_alias(model, registry.CHAMPION, new)
-    if old is not None:
-        registry.set_alias(model, registry.PREVIOUS, old)
-    if registry.aliased(model, registry.CHALLENGER) == new:
-        registry.set_alias(model, registry.CHALLENGER, None)
-    return _agreement(context, new)
+    if context.reference is None:
+        context.reference = _before(context, old)
+        context.journal.cut_over(context.reference.model_dump(mode="json"))
+    target.route(context.traffic(new), context.fence)
+
+    def tell() -> None:
+        name_champion(context, new, old, of=(old,))
+        if registry.aliased(model, registry.CHALLENGER) == new:
+            registry.move(model, registry.CHALLENGER, None, of=(new,), guard=context.guard())
+
+    patiently(tell, f"v{new} answers every live request")
+    return agreement(context, new)
+
+
+def _before(context: Context, old: str | None) -> Arm:
+    return arm(_since(context.target.observe(context.model), context.began, old)) if old else Arm()
 
 
 @task(cache_policy=NO_CACHE, **REPEATED)
 def rollback(context: Context) -> Seen:
-    """Take every request away from the challenger, then give aliases and stages back as they were."""
+    """Take every request away from the challenger, then give aliases and stages back as they were.
+
+    The route waits for nobody: neither registry nor record is asked before it holds. Raises `Unrecorded` where the
+    registry cannot be told.
+    """
     model, target, challenger = context.model, context.target, context.challenger.number
     if context.champion is None:
         if target.traffic(model) is not None:
@@ -247,41 +281,26 @@ def rollback(context: Context) -> Seen:
         target.retire(model, challenger, context.fence)
         return Seen({"agreement": Measurement.exact(1)}, "there was no champion: the challenger was taken down")
     old = context.champion.number
-    started = time.monotonic()
-    target.route(Traffic(model, old), context.fence)
+    started, now = time.monotonic(), time.time()
+    target.route(without(context.traffic(old), challenger), context.fence)
     seconds = time.monotonic() - started
-    if registry.aliased(model, registry.CHAMPION) == challenger:
-        registry.set_alias(model, registry.CHAMPION, old)
-        registry.set_alias(model, registry.PREVIOUS, context.previous)
-    registry.set_stage(model, challenger, "None")
-    target.retire(model, challenger, context.fence)
-    seen = _agreement(context, old)
-    return Seen(
-        {**seen.measurements, "rollback_s": Measurement.exact(seconds)},
-        f"all live requests were back on v{old} after {seconds * 1000:.0f} ms; {seen.note}",
-    )
+    done = f"all live requests were back on v{old} after {seconds * 1000:.0f} ms"
+    began, stopped = context.stopped or (now, now)
+    obeyed = max(stopped, now + seconds)
+    measured, words = rollback_time(target, model, challenger, after=began, stopped=stopped, obeyed=obeyed)
+    if challenger != context.previous:
+        target.retire(model, challenger, context.fence)
 
+    def tell() -> None:
+        # Only what a cut-over of ours has left is changed back: what someone else has moved is theirs to solve.
+        moved = {registry.CHAMPION: challenger, registry.PREVIOUS: old}
+        if any(registry.aliased(model, alias) == number for alias, number in moved.items()):
+            name_champion(context, old, context.previous, of=(old, challenger))
+        registry.unstage(model, challenger, context.guard())
 
-def swap_back(context: Context) -> Seen:
-    """The operator's rollback: the previous version (`context.challenger`) becomes champion again."""
-    seen = deploy.fn(context)
-    if seen.measurements["ready"].value < 1:
-        return Seen({"agreement": Measurement.exact(0, note=seen.note)}, seen.note)
-    started = time.monotonic()
-    moved = promote.fn(context)
-    seconds = time.monotonic() - started
-    note = f"v{context.challenger.number} answers every live request again, {seconds * 1000:.0f} ms after the order"
-    return Seen({**moved.measurements, "rollback_s": Measurement.exact(seconds)}, f"{note}; {moved.note}")
-
-
-def _agreement(context: Context, wanted: str) -> Seen:
-    """Whether the data plane and the registry both have `wanted` as champion, read back from each."""
-    traffic = context.target.traffic(context.model)
-    alias = registry.aliased(context.model, registry.CHAMPION)
-    serving = traffic.champion if traffic else None
-    agree = serving == alias == wanted and traffic is not None and traffic.weight == 0
-    note = f"the gateway serves v{serving}, the alias champion names v{alias}"
-    return Seen({"agreement": Measurement.exact(float(agree), note="" if agree else note)}, note)
+    patiently(tell, done)
+    seen = agreement(context, old)
+    return Seen({**seen.measurements, "rollback_s": measured}, f"{done}; {words}; {seen.note}")
 
 
 def _names(context: Context) -> tuple[str, str]:

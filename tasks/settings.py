@@ -7,6 +7,7 @@ line answers from this module.
 import json
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ class Settings(BaseSettings):
     home: Path = Path(".titleshot")
     mlflow_uri: str | None = None
     prefect_api_url: str | None = None
+    lease_seconds: float = 30.0
+    """How long a promotion's hold on its model outlasts the death of its process."""
+    watch_seconds: float = 30.0
+    """How often the stack looks for promotions that their process left behind; 0 leaves that to you."""
     deploy_timeout: float = 120.0
     """Seconds until a version that is not ready counts as one that never will be."""
     env_manager: str = "local"
@@ -88,12 +93,21 @@ class Settings(BaseSettings):
             raise Mistake(f"there is no stack in {self.home}: start it with `titleshot up`")
         return f"http://127.0.0.1:{port}"
 
-    def connect(self) -> None:
+    def answers(self, address: str) -> bool:
+        """Whether the server at `address` (MLflow's, or Prefect's API) is well, asked for two seconds at most."""
+        try:
+            return httpx.get(f"{address}/health", timeout=2).is_success
+        except httpx.HTTPError:
+            return False
+
+    def connect(self, needed: Collection[str] = ("MLflow", "Prefect")) -> None:
         """Point this process's MLflow and Prefect at our servers, telemetry off; best before importing either.
 
-        Raises `Mistake` where one of them does not answer.
+        Raises `Mistake` where one that is `needed` does not answer.
         """
         for name, address, path in (("MLflow", self.mlflow, "/health"), ("Prefect", self.prefect, "/health")):
+            if name not in needed:
+                continue
             try:
                 httpx.get(address + path, timeout=10).raise_for_status()
             except httpx.HTTPError as error:

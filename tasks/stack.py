@@ -39,6 +39,8 @@ def up(settings: Settings, ports: dict[str, int | None], say: Callable[[str], No
         target.start()
         for name, port in chosen.items():
             target.supervisor.add(PROGRAMS[name](settings, port))
+        if settings.watch_seconds > 0:
+            target.supervisor.add(_watch(settings))
         _wait({name: f"http://127.0.0.1:{port}{HEALTH[name]}" for name, port in chosen.items()}, target, say)
     except BaseException:
         target.stop()
@@ -58,7 +60,9 @@ def down(settings: Settings, say: Callable[[str], None]) -> None:
 def settings_target(settings: Settings) -> LocalTarget:
     """The local serving target of this home. Raises `Mistake` for a home too long for sockets."""
     try:
-        return LocalTarget(settings.home, Options(ready_timeout=settings.deploy_timeout))
+        return LocalTarget(
+            settings.home, Options(ready_timeout=settings.deploy_timeout, lease_ttl=settings.lease_seconds)
+        )
     except TargetError as error:
         raise Mistake(str(error)) from error
 
@@ -98,6 +102,12 @@ def _prefect(settings: Settings, port: int) -> Program:
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     }
     return Program("prefect", command, environment, data)
+
+
+def _watch(settings: Settings) -> Program:
+    command = [sys.executable, "-m", "flows", "watch", "--every", f"{settings.watch_seconds:g}"]
+    environment = {**QUIET, "TITLESHOT_HOME": str(settings.home), "PYTHONUNBUFFERED": "1"}
+    return Program("watch", command, environment)
 
 
 PROGRAMS = {"mlflow": _mlflow, "prefect": _prefect}

@@ -1,9 +1,11 @@
 """Stand-ins for what is slow or far away. Tests of flows may trust them: `tests/contract/` holds them to the
 same promises as the real things."""
 
+import math
 import random
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +18,7 @@ from deployments.target import (
     Entry,
     Fence,
     Histogram,
+    Holder,
     LeaseHeld,
     NeverReady,
     Served,
@@ -53,6 +56,7 @@ class Sent:
     version: str | None
     attempts: int
     request_id: str
+    chosen: str | None = None
 
 
 @dataclass
@@ -85,6 +89,7 @@ class FakeTarget:
         self._warm: dict[str, int] = {}
         self._counts: dict[str, dict[str, _Counts]] = {}
         self._answers: dict[tuple[str, str], list[Answer]] = {}
+        self._taken: dict[tuple[str, str], list[float]] = {}
 
     def behaviour(self, model: str, version: str) -> Behaviour:
         """How a version answers; a well-behaved one is made on first sight."""
@@ -92,16 +97,25 @@ class FakeTarget:
 
     # --- the protocol
 
-    def lease(self, model: str, holder: str) -> Fence:
+    def lease(self, model: str, holder: str, *, take: bool = False) -> Fence:
         self._may_fail("lease")
         fence, expires = self._leases.get(model, (None, 0.0))
-        if fence is not None and fence.holder != holder and self._clock() < expires:
+        if fence is not None and fence.holder != holder and self._clock() < expires and not take:
             raise LeaseHeld(f"{model} is held by {fence.holder}")
         if fence is None or fence.holder != holder:
             self._numbers[model] = self._numbers.get(model, 0) + 1
             fence = Fence(model, holder, self._numbers[model])
         self._leases[model] = (fence, self._clock() + self._ttl)
         return fence
+
+    def renew(self, fence: Fence) -> float:
+        self._may_fail("renew")
+        self._check(fence.model, fence)
+        return self._ttl
+
+    def holder(self, model: str) -> Holder | None:
+        fence, expires = self._leases.get(model, (None, 0.0))
+        return None if fence is None else Holder(fence.holder, 0.0, max(0.0, expires - self._clock()))
 
     def release(self, fence: Fence) -> None:
         self._may_fail("release")
@@ -208,28 +222,53 @@ class FakeTarget:
 
     # --- its client
 
-    def send(self, model: str, body: bytes = b"{}", version: str | None = None, request_id: str | None = None) -> Sent:
+    def send(
+        self,
+        model: str,
+        body: bytes = b"{}",
+        version: str | None = None,
+        request_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Sent:
         """One live request, or one on `version`'s own path."""
         name = request_id or str(uuid.UUID(int=self._random.getrandbits(128)))
         if version is not None:
             if version not in self._versions.get(model, {}):
                 return Sent(404, b"", None, 0, name)
             status, answer = self._attempt(model, version, f"{version}-pinned", body, name)
-            return Sent(status or 503, answer, version, 1, name)
+            return Sent(status or 503, answer, version, 1, name, version)
         traffic = self._traffic.get(model)
         if traffic is None:
             return Sent(503, b"", None, 0, name)
+        told = {key.lower(): value for key, value in (headers or {}).items()}
+        pins = (pin for pin in traffic.shape.pins if told.get(pin.match.header.lower()) == pin.match.value)
+        if pin := next(pins, None):
+            return self._along(traffic, pin.version, body, name, "-header")
         if traffic.challenger is not None and self._random.randrange(FULL) < traffic.mirror:
             self._attempt(model, traffic.challenger, f"{traffic.challenger}-shadow", body, name)
-        first, other = traffic.champion, traffic.fallback
-        if traffic.challenger is not None and self._random.randrange(FULL) < traffic.weight:
-            first = traffic.challenger
-            other = other if other not in {None, first} else traffic.champion
-        status, answer = self._attempt(model, first, first, body, name)
-        if (status == 0 or status >= 500) and other not in {None, first}:
-            status, answer = self._attempt(model, str(other), str(other), body, name)
-            return Sent(status or 503, answer, other, 2, name)
-        return Sent(status or 503, answer, first, 1, name)
+        user = told.get((traffic.shape.sticky or "").lower())
+        place = self._random.randrange(FULL) if user is None else zlib.crc32(user.encode()) % FULL
+        # The challenger's share is at the end: who is in it stays in it while it grows.
+        drawn = traffic.challenger is not None and place >= FULL - traffic.weight
+        return self._along(traffic, str(traffic.challenger) if drawn else traffic.champion, body, name, "")
+
+    def _along(self, traffic: Traffic, chosen: str, body: bytes, name: str, kind: str) -> Sent:
+        """Ask the chain of `chosen`, one after the other."""
+        rates = {limit.version: limit.per_second for limit in traffic.shape.limits}
+        status, answer, version, attempts = 503, b"", chosen, 0
+        for version in traffic.chain(chosen):
+            attempts += 1
+            taken = [at for at in self._taken.get((traffic.model, version), []) if at > self._clock() - 1]
+            if len(taken) >= rates.get(version, math.inf):
+                counts = self._counts.setdefault(traffic.model, {}).setdefault(version + kind, _Counts())
+                status, answer = 429, b""
+                counts.add(status, 0.0)
+                continue
+            self._taken[traffic.model, version] = [*taken, self._clock()] if version in rates else []
+            status, answer = self._attempt(traffic.model, version, version + kind, body, name)
+            if 0 < status < 500 and status != 429:
+                break
+        return Sent(status or 503, answer, version, attempts, name, chosen)
 
     def _attempt(self, model: str, version: str, key: str, body: bytes, name: str) -> tuple[int, bytes]:
         behaviour = self.behaviour(model, version)

@@ -433,8 +433,8 @@ class Shadow(Looked):
     by which disagreement is split; with `find_slices` all others are, too, the numbers among them cut into ranges; a
     slice counts from `min_slice` pairs on. Of each value of the column `once_per` (a session, a user) only the first
     pair counts. What is called in `redact` is blotted out of everything that is kept. `keep_pairs` pairs are kept for
-    labels that come later, which `labelled` is then judged with. Ends when every check is decided, at `max` at
-    the latest.
+    labels that come later, which `labelled` is then judged with. Where live requests get slower than `max_slowdown`
+    times what they were, or fail, copying ends. Ends when every check is decided, at `max` at the latest.
     """
 
     METRICS: ClassVar = (
@@ -454,6 +454,7 @@ class Shadow(Looked):
     keep_pairs: int = Field(default=20_000, ge=0)
     labelled: dict[str, Bound] = {}
     label_kind: Literal["auto", "class", "probability", "number"] = "auto"
+    max_slowdown: float = Field(default=1.5, gt=1, le=100)
     min_sample: int = Field(default=200, ge=1)
     max: Duration = timedelta(minutes=10)
 

@@ -15,7 +15,8 @@ from pydantic import (
 )
 
 from validations.gates import GATES, Canary, Fact, Freshness, Function, Gate, Load, Looked, Tolerance, Watch
-from validations.units import Chance, nearest, refuse
+from validations.traffic import Shaping, record, shape_of
+from validations.units import Chance, Duration, nearest, refuse
 from validations.verdict import Bound, Value
 
 
@@ -51,7 +52,9 @@ class Policy(Value):
 
     `false_rollback` is the chance that a whole promotion stops a challenger that is within every bound, over all
     checks that are looked at again and again, all steps and all looks together; `false_promotion` the chance that one
-    which breaks a bound is promoted.
+    which breaks a bound is promoted. `traffic` is what is asked of live requests besides weights (None: what is in
+    force stays), `rollback_within` how long a rollback may take, `keep_previous` how long the previous champion stays
+    warm after a promotion (None: until the next one).
     """
 
     version: Literal[1]
@@ -59,6 +62,9 @@ class Policy(Value):
     target: Literal["local"] = "local"
     false_rollback: Chance = 0.05
     false_promotion: Chance = 0.05
+    traffic: Shaping | None = None
+    rollback_within: Duration | None = None
+    keep_previous: Duration | None = None
     gates: tuple[Annotated[Gate, Field(discriminator="kind")], ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -108,7 +114,11 @@ class Policy(Value):
     def bounds(self, step: Step, *, first: bool = False) -> dict[str, Bound]:
         """What `step` must show. The steps of a canary before the last show that nothing speaks against going on."""
         if step.gate is None:
-            return ACTIONS[step.kind]
+            bounds = dict(ACTIONS[step.kind])
+            # Without a champion there is no traffic to give back, and so no time that it took.
+            if step.kind == "rollback" and self.rollback_within is not None and not first:
+                bounds["rollback_s"] = Bound(max=self.rollback_within.total_seconds())
+            return bounds
         gate = self.gates[step.gate]
         bounds = gate.bounds(first=first)
         if isinstance(gate, Canary) and step.weight is not None and step.weight < gate.deciding:
@@ -164,18 +174,20 @@ def _path(loc: tuple[int | str, ...]) -> list[int | str]:
     """The way into the file: pydantic's own, less the union tags it puts in."""
     if len(loc) > 2 and loc[0] == "gates":
         return [loc[0], loc[1], *loc[3:]]
-    return list(loc)
+    return [part for part in loc if part != "[key]"]
 
 
 def _sentence(error: Any, data: dict[str, Any]) -> str:
     loc = error["loc"]
     if error["type"] == "extra_forbidden":
-        owner: Any = Policy
+        kind: Any = Policy
         if loc[0] == "gates" and len(loc) > 3:
-            owner = GATES[str(loc[2])]
+            kind = GATES[str(loc[2])]
             if len(loc) > 4:
-                owner = {"tolerances": Tolerance, "functions": Function, "freshness": Freshness}.get(str(loc[3]), Bound)
-        words = [field.alias or name for name, field in owner.model_fields.items() if name != "name"]
+                kind = {"tolerances": Tolerance, "functions": Function, "freshness": Freshness}.get(str(loc[3]), Bound)
+        elif loc[0] == "traffic":
+            kind = record(loc[1:-1])
+        words = [field.alias or name for name, field in kind.model_fields.items() if name != "name"]
         return f"unknown word '{loc[-1]}'{nearest(str(loc[-1]), words)}"
     if error["type"] == "union_tag_invalid":
         kind = data["gates"][loc[1]].get("kind")
@@ -185,9 +197,9 @@ def _sentence(error: Any, data: dict[str, Any]) -> str:
     if error["type"] == "model_type" and loc[-2:-1] in (("checks",), ("labelled",)):
         number = error["input"] if isinstance(error["input"], int | float) else "0.05"
         return f"a bound is written like {{ max: {number} }} or {{ min: {number} }}"
-    if error["type"] == "missing":
-        return f"`{loc[-1]}` is missing"
-    return str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] in ("model_type", "tuple_type", "dict_type") and loc[0] == "traffic":
+        return shape_of(loc[1:])
+    return f"`{loc[-1]}` is missing" if error["type"] == "missing" else str(error["msg"]).removeprefix("Value error, ")
 
 
 def _line(node: Any, path: list[int | str]) -> int:

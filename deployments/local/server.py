@@ -4,15 +4,30 @@ Run by path, also by the Python of an environment that has only mlflow and uvico
 ours but `../artifact.py`, by path. It adds to MLflow's own scoring server: the digest is verified before
 anything is loaded, /ready is 200 only after a warm-up, 500 means that the model itself failed (MLflow answers
 400), answers are kept for comparison by request id, and what it cannot take in time is shed with a 503.
+
+A model that streams does so where the caller accepts text/event-stream: `data: <JSON>` for each chunk and
+`data: [DONE]` at the end, the form of MLflow's agent server. An error on the way is an `event: error`, after
+which the connection is cut, so that nobody takes half a stream for a whole one.
+
+The gateway says what a request is, and removes these headers from callers' requests:
+
+    x-shadow: 1                      a copy: its answer goes nowhere
+    x-titleshot-load: 1              a load test's
+    x-titleshot-priority: high       taken before other live requests
+    x-titleshot-limits: 3=20;2=100   live requests per second by version; what is too much is a 429
+    x-titleshot-own-path: 1          it asked for this version by name
 """
 
 import argparse
 import asyncio
 import base64
+import bisect
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -20,7 +35,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +46,15 @@ PLAIN_JSON = frozenset({JSON, f"{JSON};charset=utf-8"})
 WRONG_DIGEST = 3
 """The exit code where the artifact is not the one that was admitted."""
 WARM_UP = 5
+EVENTS = "text/event-stream"
+GONE = 499
+"""The status of an answer that nobody took; it is never sent."""
+HIGH, LIVE, COPY = range(3)
+"""The classes of requests, in the order in which they are taken. A load test's are like copies."""
+SMALL = 1 << 16
+"""The bytes of a body that are always taken, however many others are under way."""
+QUIET, LINGER = 0.5, 5.0
+"""After SIGTERM: close the door once no live request has come for `QUIET` seconds, or after `LINGER`."""
 Scope = dict[str, Any]
 Receive = Callable[[], Any]
 Send = Callable[[dict[str, Any]], Any]
@@ -43,6 +67,14 @@ class ModelFailed(BaseException):
     """
 
 
+class Cut(BaseException):
+    """Raised where a stream is to end before its time; `status` is what became of it."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 def guarded(predict: Callable[..., Any], library: str) -> Callable[..., Any]:
     """Wrap a pyfunc's inner predict: what goes wrong in there is the model's fault.
 
@@ -52,16 +84,34 @@ def guarded(predict: Callable[..., Any], library: str) -> Callable[..., Any]:
 
     @functools.wraps(predict)
     def inner(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with _blame(library):
             return predict(*args, **kwargs)
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)[1:]
-            code = getattr(error, "get_http_status_code", lambda: 500)()
-            if code < 500 and all(frame.filename.startswith(library) for frame in frames):
-                raise
-            raise ModelFailed(f"{type(error).__name__}: {error}") from error
 
     return inner
+
+
+def guarded_stream(stream: Callable[..., Any], library: str) -> Callable[..., Any]:
+    """Wrap a pyfunc's inner predict_stream, in the same way."""
+
+    @functools.wraps(stream)
+    def inner(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with _blame(library):
+            yield from stream(*args, **kwargs)
+
+    return inner
+
+
+@contextlib.contextmanager
+def _blame(library: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # The first two frames are this function and its caller.
+        frames = traceback.extract_tb(error.__traceback__)[2:]
+        code = getattr(error, "get_http_status_code", lambda: 500)()
+        if code < 500 and all(frame.filename.startswith(library) for frame in frames):
+            raise
+        raise ModelFailed(f"{type(error).__name__}: {error}") from error
 
 
 class Frames:
@@ -136,8 +186,12 @@ class Predictor:
         os.environ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT"] = "true"
         self._model = load_model(str(path))
         # The one place where "the input was refused" and "the model failed" can be told apart.
-        self._predict = guarded(self._model._predict_fn, str(Path(mlflow.__file__).parent))  # noqa: SLF001
+        library, streams = str(Path(mlflow.__file__).parent), getattr(self._model, "_predict_stream_fn", None)
+        self._predict = guarded(self._model._predict_fn, library)  # noqa: SLF001
         self._model._predict_fn = self._predict  # noqa: SLF001
+        self.streams = streams is not None
+        if streams is not None:
+            self._model._predict_stream_fn = guarded_stream(streams, library)  # noqa: SLF001
         self._schema = self._model.metadata.get_input_schema()
         self._invocations, self._jsonable = scoring_server.invocations, _get_jsonable_obj
         self._dumps = functools.partial(json.dumps, cls=NumpyEncoder)
@@ -181,11 +235,54 @@ class Predictor:
         except BaseException as error:  # noqa: BLE001 - a model that calls sys.exit() does not take us along
             return failure(error)
 
+    def stream(self, body: bytes, content_type: str, push: Callable[[bytes], None]) -> Reply:
+        """Answer one request in pieces: `push` takes each event and raises `Cut` where the rest is not wanted.
+
+        The reply says how it ended. Where nothing was pushed it is the whole answer, an error.
+        """
+        begun = False
+        try:
+            asked = _Asked(self._model.metadata)
+            answer = self._invocations(body, content_type, asked, self._schema)
+            if answer.status != 200:
+                return answer.status, JSON, problem("BAD_REQUEST", answer.response)
+            with contextlib.closing(self._model.predict_stream(asked.data, asked.params)) as chunks:
+                for chunk in chunks:
+                    data = self._dumps(self._jsonable(chunk, "records"))
+                    begun = True
+                    push(f"data: {data}\n\n".encode())
+            push(b"data: [DONE]\n\n")
+        except Cut as cut:
+            return cut.status, EVENTS, b""
+        except BaseException as error:  # noqa: BLE001 - a model that calls sys.exit() does not take us along
+            if not begun and isinstance(error.__cause__, NotImplementedError):  # MLflow's base classes have the method
+                return no_stream()
+            reply = failure(error)
+            if begun:
+                with contextlib.suppress(Cut):
+                    push(b"event: error\ndata: " + reply[2] + b"\n\n")
+            return reply
+        return 200, EVENTS, b""
+
     def _call(self, frame: Any) -> Any:
         from mlflow.pyfunc.context import Context, set_prediction_context
 
         with set_prediction_context(Context(model_id=getattr(self._model, "model_id", None))):
             return self._predict(frame)
+
+
+class _Asked:
+    """In the model's place where MLflow reads a request: it takes down what the model would be asked."""
+
+    data: Any = None
+    params: Any = None
+
+    def __init__(self, metadata: Any) -> None:
+        self.metadata = metadata
+
+    def predict(self, data: Any, params: Any = None) -> list[Any]:
+        self.data, self.params = data, params
+        return []
 
 
 def failure(error: BaseException) -> Reply:
@@ -197,6 +294,17 @@ def failure(error: BaseException) -> Reply:
     traceback.print_exception(error)
     what = error if isinstance(error, ModelFailed) else f"{type(error).__name__}: {error}"
     return 500, JSON, problem("INTERNAL_ERROR", f"the model failed: {what}")
+
+
+def no_stream() -> Reply:
+    """The reply to who wants a stream where there is none."""
+    message = f"this model does not stream: accept {JSON} instead of {EVENTS}"
+    return 406, JSON, problem("BAD_REQUEST", message)
+
+
+def busy(message: str) -> Reply:
+    """The reply where it would do later, or elsewhere."""
+    return 503, JSON, problem("TEMPORARILY_UNAVAILABLE", message)
 
 
 def _no_frame(_body: bytes) -> None:
@@ -220,6 +328,7 @@ class Kept:
     response: bytes
     at: float
     seconds: float
+    own_path: bool = False
 
     def line(self) -> bytes:
         """One JSON line. A body is text, or {"base64": ...} where it is not UTF-8."""
@@ -242,9 +351,13 @@ class Ring:
         self._count, self._size, self._held, self._next = count, size, 0, 0
 
     def add(self, **fields: Any) -> None:
-        """Keep one answer (the fields of `Kept` but its number); the oldest go where there is no room."""
+        """Keep one answer (the fields of `Kept` but its number); the oldest go where there is no room. One that
+        is too large alone is left out.
+        """
         kept = Kept(number=self._next, **fields)
         self._next += 1
+        if len(kept.request) + len(kept.response) > self._size:
+            return
         self._kept.append(kept)
         self._held += len(kept.request) + len(kept.response)
         while self._kept and (len(self._kept) > self._count or self._held > self._size):
@@ -253,11 +366,128 @@ class Ring:
 
     def after(self, number: int, limit: int) -> Iterator[Kept]:
         """At most `limit` of the answers with a higher number, oldest first."""
-        # Numbers have no gaps inside the ring: the place of the first one wanted is known.
-        first = self._kept[0].number if self._kept else 0
-        start = max(0, number + 1 - first)
-        for place in range(start, min(len(self._kept), start + limit)):
-            yield self._kept[place]
+        start = bisect.bisect_right(self._kept, number, key=lambda kept: kept.number)
+        yield from itertools.islice(self._kept, start, start + limit)
+
+
+class Bucket:
+    """So many a second, and at once no more than come in one second (at least one)."""
+
+    def __init__(self) -> None:
+        self._left, self._at = math.inf, 0.0
+
+    def take(self, rate: float, now: float) -> bool:
+        """Whether one more may pass at `now` (monotonic seconds), where `rate` a second may."""
+        self._left = min(max(1.0, rate), self._left + (now - self._at) * rate)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+@functools.lru_cache(maxsize=8)
+def limit_of(header: str, version: str) -> float | None:
+    """Live requests per second that `x-titleshot-limits` allows this version; None where it says nothing valid."""
+    rates = dict(entry.strip().partition("=")[::2] for entry in header.split(";"))
+    try:
+        rate = float(rates[version])
+    except (KeyError, ValueError):
+        return None
+    return rate if 0 < rate < math.inf else None
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request on its way through. `done` is its reply, or cancelled where nobody waits any more."""
+
+    kind: int
+    done: asyncio.Future[Reply]
+    content_type: str
+    body: bytes = b""
+    size: int = 0
+    stream: "Stream | None" = None
+
+
+class Line:
+    """Who waits, by class, and in a class as they came. Added to by the event loop, taken from by the threads;
+    a deque's methods are atomic.
+    """
+
+    def __init__(self) -> None:
+        self._rows: tuple[deque[Job], ...] = (deque(), deque(), deque())
+
+    def add(self, job: Job) -> None:
+        """Take a place behind those of the same class."""
+        self._rows[job.kind].append(job)
+
+    def take(self) -> Job | None:
+        """Who is next."""
+        for row in self._rows:
+            with contextlib.suppress(IndexError):
+                return row.popleft()
+        return None
+
+    def give_up(self) -> Job | None:
+        """The copy that came last, out of the line."""
+        with contextlib.suppress(IndexError):
+            return self._rows[COPY].pop()
+        return None
+
+    @property
+    def live(self) -> bool:
+        """Whether a live request waits."""
+        return bool(self._rows[HIGH] or self._rows[LIVE])
+
+
+class Stream:
+    """An answer in pieces, on its way from a prediction's thread to the client."""
+
+    def __init__(self, server: "Server", job: Job, receive: Receive, send: Send) -> None:
+        self.begun = False
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._server, self._job, self._send = server, job, send
+        self._loop = asyncio.get_running_loop()
+        self.limit = asyncio.timeout(server.options.timeout)
+        # The body is read to its end: what comes next is that the client hangs up.
+        self._left = asyncio.ensure_future(receive())
+        self._left.add_done_callback(self._hung_up)
+
+    def _hung_up(self, left: "asyncio.Future[Any]") -> None:
+        if not left.cancelled() and not self._job.done.done():
+            self._job.done.set_result((GONE, EVENTS, b""))
+
+    def push(self, event: bytes) -> None:
+        """Called by the prediction's thread: returns when the client can take more, raises `Cut` where it cannot."""
+        try:
+            asyncio.run_coroutine_threadsafe(self._push(event), self._loop).result()
+        except (TimeoutError, CancelledError, RuntimeError) as error:
+            raise Cut(GONE) from error
+
+    async def _push(self, event: bytes) -> None:
+        if self._job.done.done():
+            raise Cut(GONE)
+        if self._job.kind == COPY and self._server.line.live:
+            raise Cut(503)  # a copy's stream does not keep a thread from those who wait for an answer
+        # Neither a model that falls silent nor a client that does not read may hold a thread for ever.
+        seconds = self._server.options.timeout
+        self.limit.reschedule(self._loop.time() + seconds)
+        async with asyncio.timeout(seconds):
+            if not self.begun:
+                self.begun = True
+                await self._server.start(self._send, 200, EVENTS, (b"cache-control", b"no-cache"))
+            await self._send({"type": "http.response.body", "body": event, "more_body": True})
+        if self._size <= self._server.options.keep_bytes:
+            self._parts.append(event)
+            self._size += len(event)
+
+    async def end(self, reply: Reply) -> bytes:
+        """End it as `reply` says, and return all that was sent. Without an end of its own the connection is cut."""
+        self._left.cancel()
+        if reply[0] == 200:
+            await self._send({"type": "http.response.body", "body": b""})
+        return b"".join(self._parts)
 
 
 class Server:
@@ -266,9 +496,14 @@ class Server:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.predictor: Predictor | None = None
+        self.line = Line()
+        self.stopping = False
         self._ring = Ring(options.keep, options.keep_bytes)
         self._threads = ThreadPoolExecutor(options.concurrency, "predict")
         self._room = options.concurrency + options.queue
+        self._bucket = Bucket()
+        self._bodies = 0
+        self._last = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
@@ -299,7 +534,11 @@ class Server:
         return (200 if self.predictor else 503), JSON, b"\n"
 
     def _ready(self, _query: dict[str, list[str]]) -> Reply:
-        return (200, JSON, b'{"ready":true}') if self.predictor else (503, JSON, b'{"ready":false}')
+        return (200, JSON, b'{"ready":true}') if self._is_ready else (503, JSON, b'{"ready":false}')
+
+    @property
+    def _is_ready(self) -> bool:
+        return self.predictor is not None and not self.stopping
 
     def _version(self, _query: dict[str, list[str]]) -> Reply:
         mlflow = sys.modules.get("mlflow")
@@ -308,11 +547,7 @@ class Server:
     def _identity(self, _query: dict[str, list[str]]) -> Reply:
         options = self.options
         who = {"model": options.model, "version": options.version, "digest": options.digest}
-        return (
-            200,
-            JSON,
-            json.dumps({**who, "pid": os.getpid(), "ready": self.predictor is not None}).encode(),
-        )
+        return 200, JSON, json.dumps({**who, "pid": os.getpid(), "ready": self._is_ready}).encode()
 
     def _answers(self, query: dict[str, list[str]]) -> Reply:
         try:
@@ -325,70 +560,145 @@ class Server:
     async def _invocation(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         started, at = time.perf_counter(), time.time()
-        body = await self._body(receive, int(headers.get(b"content-length") or 0))
-        if body is None:
-            limit = self.options.max_body
-            await self._send(send, (413, JSON, problem("BAD_REQUEST", f"a body has at most {limit} bytes")))
-            return
         shadow, load = headers.get(b"x-shadow") == "1", headers.get(b"x-titleshot-load") == "1"
-        # Copies and load tests may fill half of the queue: what a client waits for comes first.
-        spare = self.options.queue // 2 if shadow or load else 0
-        reply = await self._predict(body, headers.get(b"content-type", ""), spare)
-        if load:  # nobody's request: not to be taken for live traffic later
-            await self._send(send, reply)
-            return
-        self._ring.add(
-            request_id=headers.get(b"x-request-id", ""),
-            shadow=shadow,
-            status=reply[0],
-            request=body,
-            response=reply[2],
-            at=at,
-            seconds=time.perf_counter() - started,
-        )
-        await self._send(send, reply)
-
-    async def _body(self, receive: Receive, announced: int) -> bytes | None:
-        parts: list[bytes] = []
-        size, more = announced, True
-        while more and size <= self.options.max_body:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                break
-            parts.append(message.get("body", b""))
-            size = max(announced, sum(map(len, parts)))
-            more = message.get("more_body", False)
-        return None if size > self.options.max_body else b"".join(parts)
-
-    async def _predict(self, body: bytes, content_type: str, spare: int) -> Reply:
-        """Predict, unless no more than `spare` places of the queue are free."""
-        if self.predictor is None:
-            return 503, JSON, problem("TEMPORARILY_UNAVAILABLE", "the model is being loaded")
-        if self._room <= spare:
-            return 503, JSON, problem("TEMPORARILY_UNAVAILABLE", "too many requests are waiting")
-        self._room -= 1
-        work = asyncio.get_running_loop().run_in_executor(self._threads, self.predictor, body, content_type)
-        # The place is free again when the thread is, not when a caller has lost patience.
-        work.add_done_callback(self._leave)
+        high = headers.get(b"x-titleshot-priority") == "high"
+        kind = COPY if shadow or load else HIGH if high else LIVE
+        if kind != COPY:
+            self._last = started
+        job = Job(kind, asyncio.get_running_loop().create_future(), headers.get(b"content-type", ""))
         try:
-            return await asyncio.wait_for(asyncio.shield(work), self.options.timeout)
+            refused = await self._body(receive, job, int(headers.get(b"content-length") or 0))
+            if refused is None and not shadow:
+                refused = self._limit(headers.get(b"x-titleshot-limits", ""), started)
+            if refused is not None:
+                if refused[0] != GONE:
+                    await self._send(send, refused)
+                return
+            accept = headers.get(b"accept", "")
+            if EVENTS in accept and self.predictor is not None and self.predictor.streams:
+                reply = await self._stream(job, receive, send)
+            elif EVENTS not in accept or JSON in accept or "*/*" in accept or self.predictor is None:
+                reply = await self._predict(job)
+            else:
+                reply = no_stream()
+            if reply[0] != GONE and not load:  # a load test is nobody's request: not to be taken for live traffic later
+                self._ring.add(
+                    request_id=headers.get(b"x-request-id", ""),
+                    shadow=shadow,
+                    status=reply[0],
+                    request=job.body,
+                    response=reply[2],
+                    at=at,
+                    seconds=time.perf_counter() - started,
+                    own_path=headers.get(b"x-titleshot-own-path") == "1",
+                )
+            if job.stream is None or not job.stream.begun:
+                await self._send(send, reply)
+        finally:
+            self._bodies -= job.size
+
+    async def _body(self, receive: Receive, job: Job, announced: int) -> Reply | None:
+        """Read the body into `job`; return a refusal where it is not to be had."""
+        options, parts, more = self.options, [], True
+        try:
+            async with asyncio.timeout(options.timeout):
+                while more and max(job.size, announced) <= options.max_body:
+                    if self._bodies > options.max_bodies and job.size > SMALL:
+                        return busy("too many large requests are under way")
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return GONE, JSON, b""
+                    parts.append(part := message.get("body", b""))
+                    job.size += len(part)
+                    self._bodies += len(part)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            return 408, JSON, problem("BAD_REQUEST", f"the body did not arrive within {options.timeout} s")
+        if max(job.size, announced) > options.max_body:
+            return 413, JSON, problem("BAD_REQUEST", f"a body has at most {options.max_body} bytes")
+        job.body = b"".join(parts)
+        return None
+
+    def _limit(self, header: str, now: float) -> Reply | None:
+        rate = limit_of(header, self.options.version) if header else None
+        if rate is None or self.predictor is None or self._bucket.take(rate, now):
+            return None
+        message = f"version {self.options.version} takes {rate:g} requests per second"
+        return 429, JSON, problem("RESOURCE_EXHAUSTED", message)
+
+    async def _stream(self, job: Job, receive: Receive, send: Send) -> Reply:
+        job.stream = Stream(self, job, receive, send)
+        reply = await self._predict(job)
+        sent = await job.stream.end(reply)
+        return (*reply[:2], sent) if job.stream.begun else reply
+
+    async def _predict(self, job: Job) -> Reply:
+        """Wait for a thread and for its answer, unless the line is full."""
+        if self.predictor is None:
+            return busy("the model is being loaded")
+        # Copies and load tests may fill half of the queue, and leave it when it is full: what a client waits for
+        # comes first.
+        spare = self.options.queue // 2 if job.kind == COPY else 0
+        if self._room <= spare and (job.kind == COPY or not self._give_up()):
+            return busy("too many requests are waiting")
+        self._room -= 1
+        self.line.add(job)
+        # A thread takes whoever is first then, which may be another one.
+        self._threads.submit(self._take, self.predictor, asyncio.get_running_loop())
+        try:
+            async with job.stream.limit if job.stream else asyncio.timeout(self.options.timeout):
+                return await job.done
         except TimeoutError:
             return 504, JSON, problem("DEADLINE_EXCEEDED", f"no answer within {self.options.timeout} s")
 
-    def _leave(self, _work: object) -> None:
+    def _give_up(self) -> bool:
+        """Shed a copy that waits; return whether there was one."""
+        job = self.line.give_up()
+        if job is not None:
+            self._finish(job, busy("a live request came first"))
+        return job is not None
+
+    def _take(self, predictor: Predictor, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread: answer who is next."""
+        job = self.line.take()
+        if job is None:  # it was given up
+            return
+        reply: Reply = (500, JSON, problem("INTERNAL_ERROR", "the model failed"))
+        try:
+            if job.done.done():  # nobody waits any more
+                pass
+            elif job.stream:
+                reply = predictor.stream(job.body, job.content_type, job.stream.push)
+            else:
+                reply = predictor(job.body, job.content_type)
+        finally:
+            loop.call_soon_threadsafe(self._finish, job, reply)
+
+    def _finish(self, job: Job, reply: Reply) -> None:
+        # The place is free again when the thread is, not when a caller has lost patience.
         self._room += 1
+        if not job.done.done():
+            job.done.set_result(reply)
 
     async def _send(self, send: Send, reply: Reply) -> None:
         status, content_type, body = reply
-        headers = [
-            (b"content-type", content_type.encode()),
-            (b"content-length", str(len(body)).encode()),
-            (b"x-titleshot-version", self.options.version.encode()),
-        ]
-        if status == 503:
-            headers.append((b"retry-after", b"1"))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        more = [(b"retry-after", b"1")] if status in {429, 503} else []
+        await self.start(send, status, content_type, (b"content-length", str(len(body)).encode()), *more)
         await send({"type": "http.response.body", "body": body})
+
+    async def start(self, send: Send, status: int, content_type: str, *more: tuple[bytes, bytes]) -> None:
+        """Send the head of an answer."""
+        version = (b"x-titleshot-version", self.options.version.encode())
+        headers = [(b"content-type", content_type.encode()), version, *more]
+        if self.stopping:
+            headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def turn_away(self) -> None:
+        """Go on answering while live requests still come: the gateway has to hear first that we are not ready."""
+        end = time.perf_counter() + LINGER
+        while self.predictor is not None and time.perf_counter() < min(end, self._last + QUIET):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
 
     def load(self) -> None:
         """Load and warm up; then /ready is 200."""
@@ -423,6 +733,7 @@ def parse(arguments: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--queue", type=int, default=256, help="requests that wait; more are shed")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one answer")
     parser.add_argument("--max-body", type=int, default=32 << 20, help="bytes of a request")
+    parser.add_argument("--max-bodies", type=int, default=512 << 20, help="bytes of all requests under way")
     parser.add_argument("--keep", type=int, default=5000, help="answers kept for comparison")
     parser.add_argument("--keep-bytes", type=int, default=64 << 20, help="bytes of bodies kept")
     return parser.parse_args(None if arguments is None else list(arguments))
@@ -439,6 +750,18 @@ def main() -> int:
     import uvicorn
 
     app = Server(options)
+
+    class Gentle(uvicorn.Server):
+        """Says that it is not ready as soon as it is asked to stop, and closes the door when that was heard."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            app.stopping = True
+            super().handle_exit(sig, frame)
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            await app.turn_away()
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(
         app,
         host="127.0.0.1",
@@ -452,7 +775,7 @@ def main() -> int:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=30,
     )
-    server, failed = uvicorn.Server(config), threading.Event()
+    server, failed = Gentle(config), threading.Event()
 
     def load() -> None:
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
-from deployments.target import Entry, Fence, LeaseHeld, StaleFence, TargetError, TargetUnavailable, Traffic
+from deployments.target import Entry, Fence, Holder, LeaseHeld, StaleFence, TargetError, TargetUnavailable, Traffic
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS holder (
@@ -79,12 +79,14 @@ class State:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
             with contextlib.closing(sqlite3.connect(self._path, timeout=30, isolation_level=None)) as db:
-                db.execute("PRAGMA journal_mode=WAL")
+                # No WAL: on a full disk it could not even be read.
+                db.execute("PRAGMA journal_mode=DELETE")
                 db.execute("BEGIN IMMEDIATE")
                 try:
                     yield db
                 except BaseException:
-                    db.execute("ROLLBACK")
+                    if db.in_transaction:  # SQLite has ended it itself where the disk is full
+                        db.execute("ROLLBACK")
                     raise
                 db.execute("COMMIT")
         except sqlite3.IntegrityError as error:
@@ -94,32 +96,39 @@ class State:
 
     # --- leases
 
-    def lease(self, model: str, holder: str) -> Fence:
-        """Take or renew the lease. Raises `LeaseHeld`."""
+    def lease(self, model: str, holder: str, *, take: bool = False) -> Fence:
+        """Take or renew the lease. Raises `LeaseHeld`, unless it is to be taken from whoever has it."""
+        before = self.holder(model)
         with contextlib.ExitStack() as stack:
-            if self._holder(model) not in {None, holder}:
+            if before is not None and before.name != holder and (take or not before.left):
                 # Whoever had it may be writing to the registry this very moment: see `guard`.
                 stack.enter_context(self._guarded(model))
             db = stack.enter_context(self._transaction())
-            now = self._clock()
-            row = db.execute("SELECT * FROM holder WHERE model=?", (model,)).fetchone()
-            _, held_by, number, since, renewed, boot = row or (model, None, 0, 0.0, 0.0, "")
-            left = self._ttl - (now - renewed) if boot == self._boot and now >= renewed else 0.0
-            if held_by not in {None, holder} and left > 0:
-                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+            held, number = self._held(db, model)
+            if held is not None and held.name != holder and held.left and not take:
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held.since))
                 raise LeaseHeld(
-                    f"{model} is held by {held_by} since {when}; its lease lapses in {left:.0f} s unless it is renewed"
+                    f"{model} is held by {held.name} since {when}; its lease lapses in {held.left:.0f} s unless it is "
+                    "renewed"
                 )
-            if held_by != holder:
-                number, since = number + 1, time.time()
-            values = (model, holder, number, since, now, self._boot)
+            mine = held is not None and held.name == holder
+            since = held.since if held is not None and mine else time.time()
+            number += not mine
+            values = (model, holder, number, since, self._clock(), self._boot)
             db.execute("INSERT OR REPLACE INTO holder VALUES (?,?,?,?,?,?)", values)
             return Fence(model, holder, number)
 
-    def _holder(self, model: str) -> str | None:
+    def holder(self, model: str) -> Holder | None:
+        """Who holds the lease, or did until it lapsed; None where it was given back."""
         with self._transaction() as db:
-            row = db.execute("SELECT holder FROM holder WHERE model=?", (model,)).fetchone()
-        return row[0] if row else None
+            return self._held(db, model)[0]
+
+    def _held(self, db: sqlite3.Connection, model: str) -> tuple[Holder | None, int]:
+        row = db.execute("SELECT * FROM holder WHERE model=?", (model,)).fetchone()
+        _, name, number, since, renewed, boot = row or (model, None, 0, 0.0, 0.0, "")
+        now = self._clock()
+        left = self._ttl - (now - renewed) if boot == self._boot and now >= renewed else 0.0
+        return None if name is None else Holder(name, since, max(0.0, left)), number
 
     def release(self, fence: Fence) -> None:
         """Give the lease back; the number stays, so that it never comes again."""

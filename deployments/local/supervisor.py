@@ -30,7 +30,7 @@ _RUNNING = frozenset({"RUNNING", "STARTING", "BACKOFF", "STOPPING"})
 @dataclass(frozen=True, slots=True)
 class Program:
     """One program to keep running. `environment` is added to that of supervisord; `stop_seconds` is how long
-    it may take to end after SIGTERM.
+    it may take to end after SIGTERM, `start_retries` how often it may end within `start_seconds` in a row.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Program:
     stop_seconds: int = 40
     priority: int = 500
     start_seconds: int = 1
+    start_retries: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,10 @@ class Supervisor:
         self._conf_d.mkdir(parents=True, exist_ok=True)
         _write(self._conf_d / f"{program.name}.conf", self._program_config(program))
 
+    def leave_out(self, name: str) -> None:
+        """Do not run `name` when supervisord starts the next time."""
+        (self._conf_d / f"{name}.conf").unlink(missing_ok=True)
+
     def remove(self, name: str) -> None:
         """Stop a program and forget it; no error where there is none. Its log stays."""
         self._forget(name)
@@ -148,6 +153,10 @@ class Supervisor:
                 except xmlrpc.client.Fault as fault:
                     if fault.faultCode not in _MISSING:
                         raise TargetError(f"supervisord keeps {name}: {fault.faultString}") from fault
+
+    def names(self) -> list[str]:
+        """The programs that are to run, whether they do or not."""
+        return sorted(path.stem for path in self._conf_d.glob("*.conf"))
 
     def status(self) -> dict[str, Status]:
         """All programs by name."""
@@ -199,7 +208,7 @@ directory={_escape(program.directory or self.home)}
 autostart=true
 autorestart=true
 startsecs={program.start_seconds}
-startretries=3
+startretries={program.start_retries}
 stopwaitsecs={program.stop_seconds}
 stopasgroup=true
 killasgroup=true

@@ -3,15 +3,17 @@
 import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from deployments.target import (
     Endpoint,
     Entry,
     Fence,
+    Holder,
     NeverReady,
     Served,
     TargetError,
@@ -47,12 +50,14 @@ class Options:
     """How the local target behaves; times in seconds.
 
     `gateway_ports` fixes the port of a model's gateway when it is first deployed; otherwise a free one of
-    `ports` is taken, and kept for ever. `concurrency` and `queue` are those of each model server.
+    `ports` is taken, and kept for ever. `gateways` processes share it, so that one may die. `concurrency` and `queue`
+    are those of each model server.
     """
 
     gateway_ports: Mapping[str, int] = field(default_factory=dict)
     ports: range = range(18_000, 28_000)
     limits: envoy.Limits = field(default_factory=envoy.Limits)
+    gateways: int = 2
     gateway_workers: int = 1
     concurrency: int = 2
     queue: int = 256
@@ -75,8 +80,15 @@ class LocalTarget:
         self.home = home.resolve()
         self.options = options or Options()
         self.supervisor = Supervisor(self.home)
-        self._gateway = Gateway(self.supervisor, self.options.gateway_workers)
+        self._gateway = Gateway(
+            self.supervisor, self.options.gateway_workers, count=self.options.gateways, limits=self.options.limits
+        )
         self._state = State(self.home / "state.db", self.options.lease_ttl)
+
+    @functools.cached_property
+    def _http(self) -> httpx.Client:
+        # A client of its own for each question costs 25 ms of CPU, and a server that starts is asked many times.
+        return httpx.Client(timeout=5, trust_env=False)
 
     # --- the stack
 
@@ -86,9 +98,10 @@ class LocalTarget:
         """
         if not self.supervisor.up():
             with self._locked():
-                self._end_orphans()
-                self._refuse_taken_ports()
-                self._restore()
+                if not self._take_over(timeout):
+                    self._end_orphans()
+                    self._refuse_taken_ports()
+                    self._restore()
         self.supervisor.start()
         self.start_gateway()
         wait_for(self.ready, timeout, f"not everything is ready: see {self.supervisor.logs}", every=0.2)
@@ -103,6 +116,11 @@ class LocalTarget:
         """Start the gateway under the supervisor, which must be up; return when it is live."""
         self._gateway.start()
 
+    def restart_gateway(self) -> None:
+        """Start the gateway's processes anew, one after the other: with two of them no request is lost."""
+        with self._locked():
+            self._gateway.restart(self.options.drain_timeout)
+
     def ready(self) -> bool:
         """Whether the gateway is live and every deployed version healthy."""
         names = [envoy.cluster_name(one.model, one.version) for one in self._state.endpoints() if one.ready]
@@ -114,6 +132,63 @@ class LocalTarget:
     def models(self) -> tuple[str, ...]:
         """The models that have a gateway."""
         return tuple(self._state.gateways())
+
+    def orphans(self, *, mend: bool = False) -> list[str]:
+        """What nothing refers to any more, in words: servers without a record, records of servers that never worked and
+        whose promotion is gone, files of gateways that are no more. With `mend` all of it is cleaned away.
+        """
+        with self._locked():
+            known = {_name(one): one for one in self._state.endpoints()}
+            servers = [name for name in self.supervisor.names() if name.startswith("model-")]
+            found = [(f"the server {name} has no record", name) for name in servers if name not in known]
+            for name, one in known.items():
+                holder = self._state.holder(one.model)
+                if not one.ready and (holder is None or not holder.left):
+                    found.append((f"{one.model} {one.version} was never ready, and nobody deploys it any more", name))
+            routes = [path for path in (self.supervisor.run / "xds").glob("rds.*") if path.is_dir()]
+            stale = [path for path in routes if path.name.removeprefix("rds.") not in self._state.gateways()]
+            if mend:
+                for _, name in found:
+                    self.supervisor.remove(name)
+                    if name in known:
+                        self._state.forget(known[name].model, known[name].version)
+                for path in stale:
+                    shutil.rmtree(path)
+            return [*(words for words, _ in found), *(f"{path} belongs to no gateway" for path in stale)]
+
+    def _take_over(self, timeout: float) -> bool:
+        """Replace, one by one and while they serve, what a killed supervisord left behind: servers by new ones at
+        other ports, then the gateway's processes. False where not all of it serves, or only one gateway does: then
+        there is nothing to lose by a fresh start, or no way around a loss.
+        """
+        left = {one: self._identity(one) for one in self._state.endpoints()}
+        if self.options.gateways < 2 or not self._gateway.up() or not all(who.get("ready") for who in left.values()):
+            return False
+        self._gateway.leave_out()
+        fresh = []
+        for one in left:
+            moved = dataclasses.replace(one, port=self._free_port())
+            self.supervisor.prepare(self._program(moved))
+            self._state.save(moved)
+            fresh.append(moved)
+        self.supervisor.start()
+        wait_for(
+            lambda: all(self._identity(one).get("ready") for one in fresh),
+            timeout,
+            f"not every server is ready: see {self.supervisor.logs}",
+            every=0.2,
+        )
+        there, resources = self._gateway.resources("cds"), []
+        for model in self._state.gateways():
+            chains = envoy.chains_in(model, there)
+            resources += envoy.clusters(model, self._backends(model), self.options.limits, chains)
+        self._gateway.publish("cds", "", self._state.next_number(), resources, contextlib.nullcontext())
+        wait_for(self.ready, timeout, "the gateway does not find the new servers healthy", every=0.2)
+        for who in left.values():
+            os.kill(int(str(who["pid"])), signal.SIGTERM)
+        wait_for(lambda: all(_free(one.port) for one in left), 40.0, "some servers that were left behind do not end")
+        self._gateway.restart(self.options.drain_timeout)
+        return True
 
     def _end_orphans(self) -> None:
         """Servers and gateway of a supervisord that was killed: still there, but nobody looks after them."""
@@ -131,13 +206,14 @@ class LocalTarget:
         be gone, or of an older make.
         """
         limits, state = self.options.limits, self._state
+        self._gateway.forget_counts()
         for one in state.endpoints():
             self.supervisor.prepare(self._program(one))
         gateways, clusters = state.gateways(), []
         for model in gateways:
-            number, backends = state.next_number(), self._backends(model)
-            made = envoy.clusters(model, backends, limits)
-            routes = self._routes(model, number, backends, state.traffic(model))
+            number, backends, traffic = state.next_number(), self._backends(model), state.traffic(model)
+            made = envoy.clusters(model, backends, limits, envoy.chains(traffic) if traffic else ())
+            routes = self._routes(model, number, backends, traffic)
             self._gateway.validate(envoy.static(model, routes, made, limits))
             self._gateway.write("rds", model, number, [routes])
             clusters += made
@@ -147,10 +223,19 @@ class LocalTarget:
 
     # --- the verbs
 
-    def lease(self, model: str, holder: str) -> Fence:
-        """Take the lease of `model`, or renew one's own. Raises `LeaseHeld`."""
+    def lease(self, model: str, holder: str, *, take: bool = False) -> Fence:
+        """Take the lease of `model`, or renew one's own. Raises `LeaseHeld`, unless it is to be taken."""
         _refuse_name("model", model)
-        return self._state.lease(model, holder)
+        return self._state.lease(model, holder, take=take)
+
+    def renew(self, fence: Fence) -> float:
+        """Make the lease last again, for as many seconds as are returned."""
+        self._state.check(fence.model, fence)
+        return self.options.lease_ttl
+
+    def holder(self, model: str) -> Holder | None:
+        """Who holds the lease of `model`, or did until it lapsed; None where it was given back."""
+        return self._state.holder(model)
 
     def release(self, fence: Fence) -> None:
         """Give the lease back; a stale fence is no error."""
@@ -208,16 +293,24 @@ class LocalTarget:
     def route(self, traffic: Traffic, fence: Fence) -> None:
         """Make the gateway obey `traffic`; return when new connections are answered by it."""
         self._state.check(traffic.model, fence)
+        if faults := envoy.faults(traffic.shape):
+            raise TargetError(f"{traffic.model} cannot be routed: {'; '.join(faults)}")
         with self._locked():
             self._state.check(traffic.model, fence)
             if self.traffic(traffic.model) == traffic == self._state.traffic(traffic.model):
                 return
             self._refuse_unhealthy(traffic)
-            number = self._publish_routes(traffic.model, self._backends(traffic.model), traffic, fence)
+            try:
+                number = self._publish_routes(traffic.model, self._backends(traffic.model), traffic, fence)
+            except TargetUnavailable as error:
+                # It would bar every way back as well. What it holds is lost to its callers already.
+                if hung := self._gateway.end_hung():
+                    raise TargetUnavailable(f"{error}; {' and '.join(hung)} hung, was ended and starts anew") from error
+                raise
             self._state.save_traffic(traffic, number)
 
     def traffic(self, model: str) -> Traffic | None:
-        """The traffic that the gateway itself says it obeys; None where nothing was routed."""
+        """The traffic that the gateway itself says it obeys, all its processes alike; None where nothing was routed."""
         if model not in self._state.gateways():
             return None
         found = self._gateway.route(model)
@@ -230,7 +323,8 @@ class LocalTarget:
 
     def observe(self, model: str) -> Mapping[str, Served]:
         """Attempts per version since the gateway started: "3" live, "3-shadow" mirrored, "3-pinned" on the
-        version's own path, "" shed by the gateway. Latencies lag behind the counts by up to a second.
+        version's own path, "3-header" by a pin, "" shed by the gateway. Latencies lag behind the counts by
+        up to a second.
         """
         return envoy.served(model, self._gateway.samples())
 
@@ -361,7 +455,7 @@ class LocalTarget:
     def _identity(self, known: Deployed) -> Mapping[str, object]:
         """What the server says about itself; nothing where it does not answer yet."""
         try:
-            page = httpx.get(f"{_direct(known)}/titleshot/identity", timeout=5, trust_env=False).json()
+            page = self._http.get(f"{_direct(known)}/titleshot/identity").json()
         except httpx.TransportError:
             return {}
         except (httpx.HTTPError, ValueError):
@@ -425,29 +519,62 @@ class LocalTarget:
         ports = {**self._state.gateways(), model: port}
         listeners = [self._listener(name, at) for name, at in ports.items()]
         self._gateway.publish("lds", "", self._state.next_number(), listeners, self._state.fenced(model, fence))
-        self._await_answers(port, number)
+        wait_for(
+            lambda: self._gateway.answering(port) == number,
+            self.options.health_timeout,
+            f"port {port} is not answered by number {number}",
+        )
         self._state.save_gateway(model, port)
 
     # --- publishing (under the lock)
 
-    def _publish_clusters(self, model: str, backends: Sequence[envoy.Backend], fence: Fence) -> None:
-        limits = self.options.limits
-        others = sorted({one.model for one in self._state.endpoints() if one.ready and one.model != model})
-        resources = envoy.clusters(model, backends, limits)
-        for other in others:
-            resources += envoy.clusters(other, self._backends(other), limits)
+    def _publish_clusters(
+        self, model: str, backends: Sequence[envoy.Backend], fence: Fence, wanted: Iterable[envoy.Chain] = ()
+    ) -> None:
+        """The clusters of all models, with those that `wanted`, the traffic in force and requests under way need."""
+        limits, there = self.options.limits, self._gateway.resources("cds")
+        more = {*wanted, *self._chains(model)}
+        more |= {
+            chain
+            for chain in envoy.chains_in(model, there)
+            if len(chain) > 2 and self._gateway.active([envoy.cluster_name(model, *chain)])
+        }
+        resources = envoy.clusters(model, backends, limits, more)
+        for other in sorted({one.model for one in self._state.endpoints() if one.ready and one.model != model}):
+            resources += envoy.clusters(other, self._backends(other), limits, envoy.chains_in(other, there))
         self._gateway.publish("cds", "", self._state.next_number(), resources, self._state.fenced(model, fence))
 
     def _publish_routes(
         self, model: str, backends: Sequence[envoy.Backend], traffic: Traffic | None, fence: Fence
     ) -> int:
-        number = self._state.next_number()
+        number, limits = self._state.next_number(), self.options.limits
+        wanted = envoy.chains(traffic) if traffic else frozenset()
         route = self._routes(model, number, backends, traffic)
-        clusters = envoy.clusters(model, backends, self.options.limits)
-        self._gateway.validate(envoy.static(model, route, clusters, self.options.limits))
-        self._gateway.publish("rds", model, number, [route], self._state.fenced(model, fence))
-        self._await_answers(self._state.gateways()[model], number)
+        clusters = envoy.clusters(model, backends, limits, wanted)
+        # The number is the only other thing that changes each time.
+        skeleton = envoy.skeleton(model, self._routes(model, 0, backends, traffic), clusters, limits)
+        self._gateway.validate(envoy.static(model, route, clusters, limits), skeleton)
+        names = {envoy.cluster_name(model, *chain) for chain in wanted}
+        if names - {str(one["name"]) for one in self._gateway.resources("cds")}:
+            self._publish_clusters(model, backends, fence, wanted)
+        # Nor does a route go to a cluster that is taken and still warming [9].
+        wait_for(
+            lambda: not any("warming" in why for why in self._gateway.sick(names).values()),
+            self.options.health_timeout,
+            f"the gateway has not all of {', '.join(sorted(names))}",
+        )
+        port = self._state.gateways()[model]
+        self._gateway.publish("rds", model, number, [route], self._state.fenced(model, fence), port)
         return number
+
+    def _chains(self, model: str) -> set[envoy.Chain]:
+        """The chains of the traffic in force: as recorded, and as the gateway has it."""
+        found = self._state.traffic(model)
+        chains = {*envoy.chains(found)} if found else set[envoy.Chain]()
+        with contextlib.suppress(TargetError):
+            if found := self.traffic(model):
+                chains |= envoy.chains(found)
+        return chains
 
     def _routes(
         self, model: str, number: int, backends: Sequence[envoy.Backend], traffic: Traffic | None
@@ -457,15 +584,6 @@ class LocalTarget:
 
     def _listener(self, model: str, port: int) -> envoy.Json:
         return envoy.listener(model, port, str(self._gateway.path("rds", model)), self.options.limits)
-
-    def _await_answers(self, port: int, number: int) -> None:
-        """Envoy's main thread says that it has a configuration before the last worker obeys it."""
-        probes = 2 + 2 * self.options.gateway_workers
-
-        def obeyed() -> bool:
-            return all(self._gateway.answering(port) == number for _ in range(probes))
-
-        wait_for(obeyed, self.options.health_timeout, f"port {port} is not answered by number {number}", every=0.01)
 
     def _backends(self, model: str) -> list[envoy.Backend]:
         return [_backend(one) for one in self._state.endpoints(model) if one.ready]
@@ -478,20 +596,35 @@ class LocalTarget:
         # Who failed too often of late gets no new share. A champion does: the way back is never barred by that.
         picky = [envoy.cluster_name(model, str(traffic.challenger))] if traffic.weight else []
 
-        def sick() -> dict[str, str]:
-            # The gateway needs some seconds to see that a server has died: so it is asked as well.
-            dead = {
+        def dead() -> dict[str, str]:
+            return {
                 envoy.cluster_name(model, one.version): "its server does not answer"
                 for one in self._state.endpoints(model)
                 if one.version in traffic.live and not self._identity(one).get("ready")
             }
-            return dead | self._gateway.sick(names) | self._gateway.sick(picky, ejected=True)
 
+        def sick() -> dict[str, str]:
+            # The gateway needs some seconds to see that a server has died: so it is asked as well.
+            return dead() | self._gateway.sick(names) | self._gateway.sick(picky, ejected=True)
+
+        def barred() -> dict[str, str]:
+            found = {names[name]: why for name, why in sick().items()}
+            wanted = {pin.version for pin in traffic.shape.pins}
+            if traffic.weight or traffic.mirror:
+                wanted.add(str(traffic.challenger))
+            # The way back is not barred by a champion that the gateway finds busy, or that is down for a moment: only
+            # where nobody in its chain answers.
+            known = now is not None and traffic.champion in {now.champion, now.fallback}
+            if not known or all(envoy.cluster_name(model, one) in dead() for one in traffic.chain(traffic.champion)):
+                wanted.add(traffic.champion)
+            return {version: why for version, why in found.items() if version in wanted}
+
+        now = self._state.traffic(model)
         with contextlib.suppress(TargetUnavailable):
             # A moment of grace: the gateway may have begun to look only now.
-            wait_for(lambda: not sick(), self.options.health_timeout / 2, "sick")
-        if found := sick():
-            said = "; ".join(f"{names[name]}: {why}" for name, why in found.items())
+            wait_for(lambda: not barred(), self.options.health_timeout / 2, "sick")
+        if found := barred():
+            said = "; ".join(f"{version}: {why}" for version, why in found.items())
             raise TargetError(f"{model} has versions that are not healthy, no traffic moves ({said})")
 
     # --- retiring (under the lock)
@@ -508,7 +641,8 @@ class LocalTarget:
         number = self._publish_routes(model, rest, traffic, fence)
         if traffic is not None:
             self._state.save_traffic(traffic, number)
-        names = envoy.involving(model, version, [one.version for one in rest])
+        more = envoy.chains_in(model, self._gateway.resources("cds"))
+        names = envoy.involving(model, version, [one.version for one in rest], more)
         with contextlib.suppress(TargetUnavailable):
             # Whoever is not done by then has the server's own grace after SIGTERM.
             wait_for(lambda: not self._gateway.active(names), self.options.drain_timeout, "busy")
@@ -519,12 +653,19 @@ class LocalTarget:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """One writer of the gateway's files at a time, whatever the model."""
-        self.supervisor.run.mkdir(parents=True, exist_ok=True)
+        path = self.supervisor.run / "gateway.lock"
         try:
-            with FileLock(self.supervisor.run / "gateway.lock", timeout=60):
-                yield
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, timeout=60)
+            lock.acquire()
         except Timeout as error:
             raise TargetUnavailable(f"somebody else has been changing the gateway for 60 s: {error}") from error
+        except OSError as error:
+            raise TargetUnavailable(f"{path}: {error}") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _deployed(self, model: str, version: str) -> Deployed:
         for one in self._state.endpoints(model):

@@ -71,6 +71,7 @@ class Reply:
     attempts: int
     request_id: str
     text: str
+    chosen: str | None = None
 
 
 def body(x: float) -> bytes:
@@ -87,9 +88,14 @@ class World(Protocol):
         """A version of MODEL that behaves as `kind`."""
 
     def send(
-        self, count: int, x: float = 1.0, version: str | None = None, ids: Callable[[int], str] | None = None
+        self,
+        count: int,
+        x: float = 1.0,
+        version: str | None = None,
+        ids: Callable[[int], str] | None = None,
+        headers: Callable[[int], dict[str, str]] | None = None,
     ) -> list[Reply]:
-        """Send `count` requests with the row `x`, some at a time."""
+        """Send `count` requests with the row `x`, some at a time; `ids` and `headers` by their number."""
 
     def pings(self, count: int) -> Counter[str | None]:
         """Send `count` requests that cost a model nothing; who answered how many."""
@@ -128,10 +134,20 @@ class FakeWorld:
         return Version(MODEL, number, self.root / kind, digest(self.root / kind))
 
     def send(
-        self, count: int, x: float = 1.0, version: str | None = None, ids: Callable[[int], str] | None = None
+        self,
+        count: int,
+        x: float = 1.0,
+        version: str | None = None,
+        ids: Callable[[int], str] | None = None,
+        headers: Callable[[int], dict[str, str]] | None = None,
     ) -> list[Reply]:
-        sent = [self.fake.send(MODEL, body(x), version, ids(n) if ids else None) for n in range(count)]
-        return [Reply(one.status, one.version, one.attempts, one.request_id, one.body.decode()) for one in sent]
+        sent = [
+            self.fake.send(MODEL, body(x), version, ids(n) if ids else None, headers(n) if headers else None)
+            for n in range(count)
+        ]
+        return [
+            Reply(one.status, one.version, one.attempts, one.request_id, one.body.decode(), one.chosen) for one in sent
+        ]
 
     def pings(self, count: int) -> Counter[str | None]:
         return Counter(reply.version for reply in self.send(count))
@@ -160,10 +176,15 @@ class LocalWorld:
         return Version(MODEL, number, self.root / kind, digest(self.root / kind))
 
     def send(
-        self, count: int, x: float = 1.0, version: str | None = None, ids: Callable[[int], str] | None = None
+        self,
+        count: int,
+        x: float = 1.0,
+        version: str | None = None,
+        ids: Callable[[int], str] | None = None,
+        headers: Callable[[int], dict[str, str]] | None = None,
     ) -> list[Reply]:
         path = f"/v/{version}/invocations" if version else "/invocations"
-        return asyncio.run(self._send(count, path, body(x), ids))
+        return asyncio.run(self._send(count, path, body(x), ids, more=headers))
 
     def pings(self, count: int) -> Counter[str | None]:
         replies = asyncio.run(self._send(count, "/ping", b"", None, method="GET"))
@@ -178,6 +199,7 @@ class LocalWorld:
         ids: Callable[[int], str] | None,
         at_once: int = 16,
         method: str = "POST",
+        more: Callable[[int], dict[str, str]] | None = None,
     ) -> list[Reply]:
         gate = asyncio.Semaphore(at_once)
         limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
@@ -186,14 +208,15 @@ class LocalWorld:
         ) as client:
 
             async def one(number: int) -> Reply:
-                headers = {"content-type": "application/json"}
+                headers = {"content-type": "application/json"} | (more(number) if more else {})
                 if ids:
                     headers["x-request-id"] = ids(number)
                 async with gate:
                     answer = await client.request(method, path, content=content, headers=headers)
                 attempts = int(answer.headers.get("x-envoy-attempt-count", 0))
                 version, name = answer.headers.get("x-model-version"), answer.headers.get("x-request-id", "")
-                return Reply(answer.status_code, version, attempts, name, answer.text)
+                chosen = answer.headers.get("x-model-chosen")
+                return Reply(answer.status_code, version, attempts, name, answer.text, chosen)
 
             return await asyncio.gather(*map(one, range(count)))
 

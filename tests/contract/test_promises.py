@@ -6,8 +6,23 @@ from collections.abc import Mapping
 import pytest
 
 from deployments.local.supervisor import wait_for
-from deployments.target import Fence, LeaseHeld, NeverReady, Served, StaleFence, TargetError, Traffic, Version
+from deployments.target import (
+    Fence,
+    LeaseHeld,
+    Limit,
+    Match,
+    NeverReady,
+    Pin,
+    Served,
+    Shape,
+    StaleFence,
+    TargetError,
+    Traffic,
+    Version,
+)
 from tests.contract.conftest import BROKEN, FLAWED, GOOD, MODEL, World
+
+TENANT = Match("X-Tenant", "acme")
 
 
 def observed(world: World, before: dict[str, Served], key: str, count: int) -> Served:
@@ -111,6 +126,44 @@ def test_fallback_answers_for_the_champion(world: World, fence: Fence) -> None:
     assert {(reply.status, reply.version) for reply in world.send(10)} == {(200, "3")}
 
 
+def test_a_pin_goes_before_the_weights(world: World, fence: Fence) -> None:
+    """Requests that match a pin reach its version, which falls back as others do and says so; they are counted apart,
+    since nobody drew lots for them."""
+    traffic = Traffic(MODEL, "1", "2", weight=10_000, shape=Shape((Pin(TENANT, "3"),)))
+    world.target.route(traffic, fence)
+    assert world.target.traffic(MODEL) == traffic
+    before = dict(world.target.observe(MODEL))
+    replies = world.send(10, x=13, headers=lambda _: {"x-tenant": "acme"})
+    assert {(reply.status, reply.chosen, reply.version) for reply in replies} == {(200, "3", "1")}
+    assert {(reply.chosen, reply.version) for reply in world.send(10, headers=lambda _: {"x-tenant": "a"})} == {
+        ("2", "2")
+    }
+    assert observed(world, before, "3-header", 10).codes == {"500": 10}
+    assert live(world, "3") == before.get("3", Served()).codes
+
+
+def test_a_growing_share_moves_no_user_back(world: World, fence: Fence) -> None:
+    """With a sticky header who was answered by the challenger is so at each larger weight."""
+    before: set[str] = set()
+    for weight in (2000, 6000, 10_000):
+        world.target.route(Traffic(MODEL, "1", "2", weight=weight, shape=Shape(sticky="X-User")), fence)
+        replies = world.send(60, ids=lambda number: f"user-{number}", headers=lambda number: {"x-user": str(number)})
+        moved = {reply.request_id for reply in replies if reply.version == "2"}
+        assert before <= moved
+        before = moved
+    assert len(before) == 60
+
+
+def test_beyond_its_limit_a_version_is_relieved(world: World, fence: Fence) -> None:
+    """What is more than a version's limit goes along the chain."""
+    traffic = Traffic(MODEL, "1", fallback="2", shape=Shape(limits=(Limit("1", 1),)))
+    world.target.route(traffic, fence)
+    assert world.target.traffic(MODEL) == traffic
+    replies = world.send(30)
+    assert {(reply.status, reply.chosen) for reply in replies} == {(200, "1")}
+    assert Counter(reply.version for reply in replies)["2"] > 15
+
+
 def test_a_model_that_fails_is_500_on_its_own_path(world: World) -> None:
     """On a version's own path its failures are what the client gets, counted apart from live traffic."""
     before = dict(world.target.observe(MODEL))
@@ -133,6 +186,8 @@ def test_route_refuses_a_version_that_is_not_deployed(world: World, fence: Fence
         Traffic(MODEL, "1", "9", weight=100),
         Traffic(MODEL, "1", "9", mirror=100),
         Traffic(MODEL, "1", fallback="9"),
+        Traffic(MODEL, "1", shape=Shape(fallback="9")),
+        Traffic(MODEL, "1", shape=Shape((Pin(TENANT, "9"),))),
     ):
         with pytest.raises(TargetError, match="9 is not deployed"):
             world.target.route(traffic, fence)
@@ -218,6 +273,8 @@ def test_retire_is_refused_under_traffic(world: World, fence: Fence) -> None:
         (Traffic(MODEL, "1", "2", weight=1), "2"),
         (Traffic(MODEL, "1", "2", mirror=1), "2"),
         (Traffic(MODEL, "1", fallback="2"), "2"),
+        (Traffic(MODEL, "1", shape=Shape(fallback="2")), "2"),
+        (Traffic(MODEL, "1", shape=Shape((Pin(TENANT, "2"),))), "2"),
     ):
         world.target.route(traffic, fence)
         with pytest.raises(TargetError, match="has traffic"):

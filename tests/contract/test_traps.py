@@ -1,5 +1,6 @@
 """The traps of `docs/architecture.md` (section 11) that behave, each against the real gateway; those that are a
-matter of configuration alone are in `tests/unit/test_envoy.py`. The number in a name is the trap's."""
+matter of configuration alone are in `tests/unit/test_envoy.py`, trap 11 is in `test_shaping.py`. The number in a name
+is the trap's."""
 
 import json
 import socket
@@ -7,7 +8,7 @@ import stat
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 import httpx
@@ -134,17 +135,17 @@ def test_traps_07_08_18_a_refused_file_is_taken_back(
     gateway, fence = real.local._gateway, real.target.lease(MODEL, "me")
     file = gateway.path("rds", MODEL)
     before = file.read_text()
-    monkeypatch.setattr(gateway, "validate", lambda configuration: None)
-    made = envoy.routes
+    monkeypatch.setattr(gateway, "validate", lambda *configuration: None)
+    made = real.local._routes
 
-    def bad(model: str, number: int, *rest: object) -> envoy.Json:
-        route = made(model, number, *rest)  # type: ignore[arg-type]
+    def bad(model: str, number: int, backends: Sequence[envoy.Backend], traffic: Traffic | None) -> envoy.Json:
+        route = made(model, number, backends, traffic)
         if broken == "field":
             return route | {"no_such_field": 1}
         route["virtual_hosts"][0]["routes"][-1]["route"]["weighted_clusters"]["clusters"][0]["name"] = "no-such"
         return route
 
-    monkeypatch.setattr(envoy, "routes", bad)
+    monkeypatch.setattr(real.local, "_routes", bad)
     with pytest.raises(TargetError, match="no_such_field" if broken == "field" else "no-such"):
         real.target.route(Traffic(MODEL, "2"), fence)
     assert file.read_text() == before
@@ -180,21 +181,12 @@ def test_trap_09_a_cluster_that_was_acknowledged_is_not_yet_one_to_use(real: Loc
         gateway.publish("cds", "", state.next_number(), cds, nullcontext())
 
 
-def test_trap_11_a_second_gateway_on_the_port_is_refused(real: LocalWorld) -> None:
-    """Nobody can share the gateway's port, as SO_REUSEPORT would let them."""
-    port = httpx.URL(real.target.gateway(MODEL)).port
-    assert port
-    with socket.socket() as second:
-        second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        with pytest.raises(OSError, match="in use"):
-            second.bind(("127.0.0.1", port))
-
-
 def test_trap_12_the_admin_interface_is_a_socket_of_its_owner(real: LocalWorld) -> None:
     """Envoy's admin interface is no port, and nobody else may connect to its socket."""
-    path = real.home / "run" / "envoy.sock"
-    assert stat.S_ISSOCK(path.stat().st_mode)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for name in ("envoy.sock", "envoy-2.sock"):
+        path = real.home / "run" / name
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE((real.home / "run" / "supervisor.sock").stat().st_mode) == 0o600
 
 

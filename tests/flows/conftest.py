@@ -141,10 +141,10 @@ def maker(settings: Any, request: pytest.FixtureRequest) -> Iterator[Maker]:
     name = request.node.name.replace("test_", "").split("[")[0][:40]
     maker = Maker(name, settings.mlflow)
     yield maker
-    _take_down(name)
+    take_down(name)
 
 
-def _take_down(model: str) -> None:
+def take_down(model: str) -> None:
     """Stop the servers of a test's model, so that the next test has the machine to itself."""
     from tasks import settings
     from tasks.stack import settings_target

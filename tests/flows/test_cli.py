@@ -27,6 +27,8 @@ COMMANDS = (
     "replay",
     "labels",
     "rollback",
+    "serve",
+    "route",
     "history",
     "explain",
     "show",
@@ -86,6 +88,8 @@ def test_a_stack_that_is_not_up(said: Said, tmp_path: Path, monkeypatch: pytest.
         ["history", "m"],
         ["promote", "m", "--policy", "p"],
         ["rollback", "m"],
+        ["serve", "m", "--warm", "2"],
+        ["route", "m"],
         ["explain", "p"],
         ["suite", "m"],
     ):

@@ -47,20 +47,20 @@ def test_deploy_all_and_a_worker_run_a_promotion_and_a_rollback(
     stack: Any, home: Path, maker: Maker, policy: Any
 ) -> None:
     """Both deployments are made from prefect.yaml, and a process worker runs them against the local stack."""
-    path = policy({"kind": "integrity"})
-    first, second = maker.version(), maker.version(seed=1)
-    promote(model=maker.model, policy=str(path), version=first)
-    prefect("work-pool", "create", "titleshot", "--type", "process", home=home)
-    said = prefect("--no-prompt", "deploy", "--all", home=home)
-    assert "promote/promote" in said
-    assert "rollback/rollback" in said
 
     def run(deployment: str, *parameters: str) -> None:
         options = [word for parameter in parameters for word in ("--param", parameter)]
         watch = ("--watch", "--watch-interval", "1", "--watch-timeout", "200")
         prefect("deployment", "run", deployment, *options, *watch, home=home)
 
-    with worker(home):
+    prefect("work-pool", "create", "titleshot", "--type", "process", home=home)
+    with worker(home):  # which starts while we go on
+        said = prefect("--no-prompt", "deploy", "--all", home=home)
+        assert "promote/promote" in said
+        assert "rollback/rollback" in said
+        path = policy({"kind": "integrity"})
+        first, second = maker.version(), maker.version(seed=1)
+        promote(model=maker.model, policy=str(path), version=first)
         run("promote/promote", f"model={maker.model}", f"policy={path}", f"version={second}")
         assert registry.aliased(maker.model, "champion") == second
         run("rollback/rollback", f"model={maker.model}")

@@ -1,7 +1,7 @@
 """Promotions on a real stack: each ends where it should, and traffic and registry agree afterwards."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from flows import cli
 from tasks import history, registry
 from tasks.settings import Mistake
-from tests.flows.conftest import COLUMNS, Maker, label, live, pipeline, promote, rollback, rows
+from tests.flows.conftest import COLUMNS, Maker, label, live, pipeline, promote, rollback, rows, take_down
 
 INTEGRITY = {"kind": "integrity"}
 SHADOW = {"kind": "shadow", "min_sample": 60, "bursts": "none", "labelled": {"label_accuracy": {"min": 0.5}}}
@@ -37,6 +37,41 @@ def crown(maker: Maker, policy: Policy) -> str:
     result = promote(model=maker.model, policy=str(policy(INTEGRITY, name="first")), version=number)
     assert result["phase"] == "promoted", result
     return number
+
+
+@pytest.fixture(scope="module")
+def reigns(settings: Any) -> Iterator[list[Maker]]:
+    made: list[Maker] = []
+    yield made
+    for maker in made:
+        take_down(maker.model)
+
+
+@pytest.fixture
+def reigning(stack: Any, settings: Any, reigns: list[Maker], tmp_path: Path) -> Maker:
+    """A model with one version, which reigns; made anew after a test that left it otherwise."""
+    if reigns:
+        model = reigns[-1].model
+        if registry.aliased(model, "champion") == "1" and set(stack.deployed(model)) == {"1"}:
+            return reigns[-1]
+    maker = Maker(f"reigning-{len(reigns)}", settings.mlflow)
+    reigns.append(maker)
+    path = tmp_path / "reigning.yaml"
+    path.write_text(json.dumps({"version": 1, "model": maker.model, "gates": [INTEGRITY]}))
+    assert promote(model=maker.model, policy=str(path), version=maker.version())["phase"] == "promoted"
+    return maker
+
+
+@pytest.fixture
+def maker(maker: Maker, request: pytest.FixtureRequest) -> Maker:
+    """Tests that ask for the `champion` share its model, since each leaves it in its place; others have their own."""
+    shared: Maker = request.getfixturevalue("reigning") if "champion" in request.fixturenames else maker
+    return shared
+
+
+@pytest.fixture
+def champion(maker: Maker) -> str:
+    return str(registry.aliased(maker.model, "champion"))
 
 
 def stage(model: str, number: str) -> str:
@@ -137,9 +172,8 @@ def test_a_good_challenger_goes_all_the_way(
     assert kinds == ["rollback", "promotion", "promotion"]
 
 
-def test_a_breaking_schema_is_rejected(stack: Any, maker: Maker, policy: Policy) -> None:
+def test_a_breaking_schema_is_rejected(stack: Any, maker: Maker, champion: str, policy: Policy) -> None:
     """A column that live requests do not carry: rejected in words, a completed run, nothing deployed."""
-    champion = crown(maker, policy)
     frame = rows(300).assign(delay=1.5)
     challenger = maker.version(frame=frame)
     path = policy(INTEGRITY, {"kind": "schema"}, CANARY)
@@ -164,10 +198,9 @@ def test_a_breaking_schema_is_rejected(stack: Any, maker: Maker, policy: Policy)
 
 
 def test_a_failing_challenger_is_rolled_back_and_nobody_notices(
-    stack: Any, maker: Maker, policy: Policy, tmp_path: Path
+    stack: Any, maker: Maker, champion: str, policy: Policy, tmp_path: Path
 ) -> None:
     """It raises on a category that training never saw: the canary sees it, the clients do not."""
-    champion = crown(maker, policy)
     challenger = maker.version(model=pipeline(handle_unknown="error"), seed=2)
     with live(stack, maker.model, tmp_path, segments="abc") as traffic:
         result = promote(model=maker.model, policy=str(policy(INTEGRITY, CANARY)), version=challenger)
@@ -182,10 +215,9 @@ def test_a_failing_challenger_is_rolled_back_and_nobody_notices(
 
 
 def test_a_regression_after_the_promotion_brings_the_champion_back(
-    stack: Any, maker: Maker, policy: Policy, tmp_path: Path
+    stack: Any, maker: Maker, champion: str, policy: Policy, tmp_path: Path
 ) -> None:
     """With a watch and no canary the regression is seen after the cut-over, and undone, alias and all."""
-    champion = crown(maker, policy)
     challenger = maker.version(model=pipeline(handle_unknown="error"), seed=3)
     checks = {"error_rate": {"max": 0.1}}
     watch = {"kind": "watch", "run_time": "60s", "min_sample": 40, "bursts": "none", "checks": checks}
@@ -199,9 +231,10 @@ def test_a_regression_after_the_promotion_brings_the_champion_back(
     assert ask(stack, maker.model).headers["x-model-version"] == champion
 
 
-def test_an_artifact_that_changed_after_admission_is_not_loaded(settings: Any, maker: Maker, policy: Policy) -> None:
+def test_an_artifact_that_changed_after_admission_is_not_loaded(
+    settings: Any, maker: Maker, champion: str, policy: Policy
+) -> None:
     """The digest of the first admission is the version's: other bytes under its name are rejected unread."""
-    crown(maker, policy)
     challenger = maker.version(seed=4)
     registry.tag(maker.model, challenger, digest="sha256:" + "0" * 64)
     result = promote(model=maker.model, policy=str(policy(INTEGRITY, CANARY)), version=challenger)
@@ -211,9 +244,10 @@ def test_an_artifact_that_changed_after_admission_is_not_loaded(settings: Any, m
     assert "answers_example" not in stored.verdicts[0].evidence.measurements
 
 
-def test_what_serves_is_never_replaced_on_disk(stack: Any, settings: Any, maker: Maker, policy: Policy) -> None:
+def test_what_serves_is_never_replaced_on_disk(
+    stack: Any, settings: Any, maker: Maker, champion: str, policy: Policy
+) -> None:
     """A promotion leaves the champion's copy alone, and other bytes from the registry do not take its place."""
-    champion = crown(maker, policy)
     local = registry.local_path(registry.find(maker.model, champion), settings.home)
     before = (local / "MLmodel").stat().st_ino
     path, recorded, found = registry.admit(registry.find(maker.model, champion), settings.home)
@@ -234,9 +268,8 @@ def test_what_serves_is_never_replaced_on_disk(stack: Any, settings: Any, maker:
     assert (local / "MLmodel").stat().st_ino == before
 
 
-def test_a_pickle_is_refused_by_name(stack: Any, maker: Maker, policy: Policy) -> None:
+def test_a_pickle_is_refused_by_name(stack: Any, maker: Maker, champion: str, policy: Policy) -> None:
     """Unsafe serialisation is found before anything loads it, and the file is named."""
-    crown(maker, policy)
     challenger = maker.version(seed=5, serialization_format="cloudpickle")
     result = promote(model=maker.model, policy=str(policy(INTEGRITY, CANARY)), version=challenger)
     assert (result["phase"], result["step"]) == ("rejected", "integrity")
@@ -244,10 +277,9 @@ def test_a_pickle_is_refused_by_name(stack: Any, maker: Maker, policy: Policy) -
 
 
 def test_a_challenger_that_never_becomes_ready_is_rejected_with_its_log(
-    stack: Any, maker: Maker, policy: Policy, tmp_path: Path
+    stack: Any, maker: Maker, champion: str, policy: Policy, tmp_path: Path
 ) -> None:
     """A server that cannot load its model: rejected at deploy, its log's last lines in the evidence."""
-    champion = crown(maker, policy)
     challenger = maker.version(seed=6, serialization_format="cloudpickle", code_paths=None)
     # The artifact is admitted as it is, and is not a model: what its own server then says is the evidence.
     from deployments.artifact import digest
@@ -275,26 +307,24 @@ def test_an_alias_moved_by_hand_stops_the_promotion(stack: Any, maker: Maker, po
     """Someone moved the champion meanwhile: the promotion refuses, says who sees what, and gives back."""
     champion = crown(maker, policy)
     other, challenger = maker.version(seed=7), maker.version(seed=8)
-    real = registry.set_alias
+    real = registry.move
 
-    def meanwhile(model: str, alias: str, number: str | None) -> None:
-        real(model, alias, number)
+    def meanwhile(model: str, alias: str, to: str | None, **how: Any) -> None:
+        real(model, alias, to, **how)
         if alias == "challenger":
-            real(model, "champion", other)
+            registry.client().set_registered_model_alias(model, "champion", other)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "set_alias", meanwhile)
+        patch.setattr(registry, "move", meanwhile)
         result = promote(model=maker.model, policy=str(policy(INTEGRITY)), version=challenger)
     assert result["step"] == "promote"
     assert f"names v{other}, not v{champion}" in result["why"]
     assert ask(stack, maker.model).headers["x-model-version"] == champion
 
 
-def test_a_changed_verdict_is_noticed(stack: Any, maker: Maker, policy: Policy) -> None:
+def test_a_changed_verdict_is_noticed(stack: Any, maker: Maker, champion: str, policy: Policy) -> None:
     """The chain of digests breaks where somebody rewrites a verdict."""
-    number = crown(maker, policy)
-    entry = history.entries(maker.model)[0]
-    assert entry.challenger == number
+    entry = next(one for one in history.entries(maker.model) if one.challenger == champion)
     client = registry.client()
     import mlflow.artifacts
 
@@ -303,3 +333,5 @@ def test_a_changed_verdict_is_noticed(stack: Any, maker: Maker, policy: Policy) 
     client.log_text(entry.run_id, text.replace('"passed"', '"failed"', 1), first)
     with pytest.raises(history.Tampered, match="was changed"):
         history.stored(entry.run_id)
+    client.log_text(entry.run_id, text, first)
+    assert history.stored(entry.run_id).phase.value == "promoted"

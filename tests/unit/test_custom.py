@@ -242,7 +242,7 @@ def test_a_function_that_hangs_is_ended_with_its_children(functions: Path) -> No
     """At the time limit its whole process group is ended."""
     # The first child waits for the fork server's imports, which is no part of what is tested.
     ask(gate(function="gate.py:here"), TOLD, functions)
-    assert "no answer within 5 s" in refused(gate(function="gate.py:hangs", timeout="5s"), functions)
+    assert "no answer within 3 s" in refused(gate(function="gate.py:hangs", timeout="3s"), functions)
     for pid in written(functions / "pids"):
         wait_until(lambda pid=pid: ended(int(pid)))
 
@@ -304,7 +304,7 @@ def test_a_command_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
         "open('pids', 'w').write(f'{os.getpid()} {child.pid}')\n"
         "time.sleep(1000)\n",
     )
-    assert "no answer within 5 s" in refused(gate(command=command, timeout="5s"), tmp_path)
+    assert "no answer within 3 s" in refused(gate(command=command, timeout="3s"), tmp_path)
     for pid in written(tmp_path / "pids"):
         wait_until(lambda pid=pid: ended(int(pid)))
 

@@ -5,6 +5,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from deployments.local import envoy
 from deployments.local.envoy import Backend, Limits
-from deployments.target import FULL, Histogram, Served, Traffic
+from deployments.target import FULL, Histogram, Limit, Match, Pin, Served, Shape, Traffic
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = "flights"
@@ -27,14 +28,26 @@ def _routes(traffic: Traffic | None, number: int = 7) -> envoy.Json:
     return envoy.routes(MODEL, number, [one.version for one in BACKENDS], traffic, LIMITS)
 
 
+GOLD, TENANT = Match("x-class", "gold"), Match("X-Tenant", "acme")
+SHAPED = Traffic(
+    MODEL,
+    "2",
+    "3",
+    weight=2500,
+    mirror=1000,
+    shape=Shape((Pin(TENANT, "3"),), "x-user", (Limit("3", 20), Limit("2", 0.5)), GOLD, "1"),
+)
 CASES = {
-    "bootstrap": lambda: envoy.bootstrap("/h/run/envoy.sock", "/h/run/xds/lds/lds.json", "/h/run/xds/cds/cds.json"),
+    "bootstrap": lambda: envoy.bootstrap(
+        "/h/run/envoy.sock", "/h/run/xds/lds/lds.json", "/h/run/xds/cds/cds.json", LIMITS
+    ),
     "listener": lambda: envoy.listener(MODEL, 18000, "/h/run/xds/rds.flights/rds.json", LIMITS),
     "clusters": lambda: {"clusters": envoy.clusters(MODEL, BACKENDS[:2], LIMITS)},
     "routes.none": lambda: _routes(None),
     "routes.champion": lambda: _routes(Traffic(MODEL, "1")),
     "routes.canary": lambda: _routes(Traffic(MODEL, "1", "2", weight=2500, mirror=1000)),
     "routes.fallback": lambda: _routes(Traffic(MODEL, "2", "3", weight=100, fallback="1")),
+    "routes.shaped": lambda: _routes(SHAPED),
 }
 
 
@@ -45,6 +58,19 @@ def test_golden(name: str) -> None:
 
 
 versions = st.sampled_from(["1", "2", "3", "4"])
+matches = st.builds(Match, st.sampled_from(["x-tenant", "X-Region"]), st.sampled_from(["a", "b c", "50%"]))
+shapes = st.builds(
+    Shape,
+    st.lists(st.builds(Pin, matches, versions), max_size=3).map(tuple),
+    st.none() | st.just("X-User"),
+    st.lists(
+        st.builds(Limit, versions, st.integers(1, 1000) | st.floats(0.01, 99)),
+        max_size=2,
+        unique_by=lambda limit: limit.version,
+    ).map(tuple),
+    st.none() | matches,
+    st.none() | versions,
+)
 
 
 @st.composite
@@ -52,7 +78,7 @@ def traffics(draw: st.DrawFn) -> Traffic:
     champion = draw(versions)
     challenger = draw(st.none() | versions.filter(lambda one: one != champion))
     weight, mirror = (draw(st.integers(0, FULL)) if challenger else 0 for _ in range(2))
-    return Traffic(MODEL, champion, challenger, weight, mirror, draw(st.none() | versions))
+    return Traffic(MODEL, champion, challenger, weight, mirror, draw(st.none() | versions), draw(shapes))
 
 
 @given(traffics())
@@ -66,23 +92,42 @@ def test_a_split_is_whole(traffic: Traffic) -> None:
 @given(traffics())
 def test_trap_20_the_champion_is_first_and_the_challenger_last(traffic: Traffic) -> None:
     """The order of the clusters never changes: another one would move sticky users."""
-    names = [name for name, _ in envoy.split(traffic)]
-    assert names[0].startswith(f"{MODEL}-{traffic.champion}")
-    if traffic.challenger and traffic.weight:
-        assert names[-1].startswith(f"{MODEL}-{traffic.challenger}-or-")
-        assert len(names) == 2
+    first = [chain[0] for chain, _ in envoy.split(traffic)]
+    assert first == [traffic.champion, *([traffic.challenger] if traffic.weight else [])]
 
 
 @given(traffics())
 def test_routes_name_only_clusters_that_are_there(traffic: Traffic) -> None:
-    """Whatever the traffic between deployed versions, its clusters exist already: `route` changes no cluster."""
+    """Whatever the traffic between deployed versions, the clusters made for its chains are all that it names; without
+    a third version in a chain they exist already, so that `route` changes no cluster."""
     backends = [Backend(version, 1) for version in ("1", "2", "3", "4")]
-    there = {cluster["name"] for cluster in envoy.clusters(MODEL, backends, LIMITS)}
-    assert {name for name, _ in envoy.split(traffic)} <= there
+    needed = envoy.chains(traffic)
+    there = {cluster["name"] for cluster in envoy.clusters(MODEL, backends, LIMITS, needed)}
     route = envoy.routes(MODEL, 1, ["1", "2", "3", "4"], traffic, LIMITS)
-    for entry in route["virtual_hosts"][0]["routes"]:
-        for mirror in entry.get("route", {}).get("request_mirror_policies", []):
-            assert mirror["cluster"] in there
+    named = {value["name"] for value in _walk(route) if isinstance(value, dict) and {"name", "weight"} <= {*value}}
+    named |= {value["cluster"] for value in _walk(route) if isinstance(value, dict) and "cluster" in value}
+    assert named <= there
+    always = {cluster["name"] for cluster in envoy.clusters(MODEL, backends, LIMITS)}
+    assert there - always == {envoy.cluster_name(MODEL, *chain) for chain in needed if len(chain) > 2}
+    for version in "1234":
+        ways = envoy.involving(MODEL, version, "1234", needed)
+        assert {envoy.cluster_name(MODEL, *chain) for chain in needed if version in chain} <= {*ways} <= there
+
+
+@given(traffics())
+def test_chains_are_found_in_their_clusters(traffic: Traffic) -> None:
+    """The chains that are served can be read from the clusters; those of another model are none of ours."""
+    backends, needed = [Backend(version, 1) for version in ("1", "2", "3", "4")], envoy.chains(traffic)
+    made = envoy.clusters(MODEL, backends, LIMITS, needed)
+    assert {chain for chain in needed if len(chain) > 1} <= envoy.chains_in(MODEL, made)
+    assert {len(chain) for chain in envoy.chains_in(MODEL, made)} <= {2, 3, 4}
+    assert envoy.chains_in("other", made) == frozenset()
+
+
+def test_a_chain_whose_version_is_gone_is_not_made() -> None:
+    """No cluster is made of versions that are not deployed."""
+    made = envoy.clusters(MODEL, BACKENDS[:2], LIMITS, [("1", "2", "3")])
+    assert made == envoy.clusters(MODEL, BACKENDS[:2], LIMITS)
 
 
 @given(traffics())
@@ -98,6 +143,75 @@ def test_traffic_that_somebody_else_wrote_is_an_error() -> None:
     route["virtual_hosts"][0]["routes"][-1]["route"]["weighted_clusters"]["clusters"][1]["weight"] = 5000
     with pytest.raises(ValueError, match="its routes say"):
         envoy.traffic_of(route)
+
+
+def _live(route: envoy.Json, place: int = -1) -> envoy.Json:
+    return route["virtual_hosts"][0]["routes"][place]  # type: ignore[no-any-return]
+
+
+def _chain(route: envoy.Json) -> None:
+    _live(route)["route"]["weighted_clusters"]["clusters"][0]["name"] = "flights-2-or-3"
+
+
+CHANGES: dict[str, Callable[[envoy.Json], object]] = {
+    "pin to another": lambda r: _live(r, -4)["route"]["weighted_clusters"]["clusters"][0].update(name="flights-1"),
+    "pin of another": lambda r: _live(r, -4)["match"]["headers"][0]["string_match"].update(exact="other"),
+    "no pin": lambda r: r["virtual_hosts"][0]["routes"].pop(-3),
+    "chain": _chain,
+    "sticky": lambda r: _live(r)["route"].pop("hash_policy"),
+    "sticky by chance": lambda r: _live(r)["route"]["weighted_clusters"].pop("use_hash_policy"),
+    "limits": lambda r: _live(r)["request_headers_to_add"][0]["header"].update(value="3=1000"),
+    "priority": lambda r: _live(r, -2)["route"].update(priority="DEFAULT"),
+    "priority's mark": lambda r: _live(r, -2)["request_headers_to_add"].pop(),
+    "mirror": lambda r: _live(r)["route"].pop("request_mirror_policies"),
+    "liars let in": lambda r: r["virtual_hosts"][0]["request_headers_to_remove"].pop(),
+    "own path": lambda r: _live(r, 3)["route"].update(cluster="flights-3"),
+    "no retries": lambda r: _live(r)["route"]["retry_policy"].pop("num_retries"),
+    "a route more": lambda r: r["virtual_hosts"][0]["routes"].insert(0, copy.deepcopy(_live(r))),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_every_change_by_hand_is_noticed(what: str) -> None:
+    """A change by hand to pins, chains, stickiness, limits, priority or marks is never reported as our traffic."""
+    route = copy.deepcopy(_routes(SHAPED))
+    assert envoy.traffic_of(route) == SHAPED
+    CHANGES[what](route)
+    with pytest.raises(ValueError, match="its routes say"):
+        envoy.traffic_of(route)
+
+
+def _skeleton(traffic: Traffic, number: int = 0, clusters: tuple[envoy.Chain, ...] = ()) -> str:
+    made = envoy.clusters(MODEL, BACKENDS, LIMITS, clusters)
+    return envoy.skeleton(MODEL, _routes(traffic, number), made, LIMITS)
+
+
+def test_what_cannot_be_refused_has_one_skeleton() -> None:
+    """Other weights and other versions in the same places need no second check by Envoy; anything else does, a cluster
+    that is not there [trap 7] most of all."""
+    known = _skeleton(Traffic(MODEL, "1", "2", weight=100))
+    assert known == _skeleton(Traffic(MODEL, "1", "2", weight=9900)) == _skeleton(Traffic(MODEL, "3", "1", weight=1))
+    others = [
+        _skeleton(Traffic(MODEL, "1", "2", weight=10_000)),
+        _skeleton(Traffic(MODEL, "1", "2", weight=100, mirror=1)),
+        _skeleton(Traffic(MODEL, "1", "9", weight=100)),
+        _skeleton(Traffic(MODEL, "1", "2", weight=100), clusters=(("1", "2", "3"),)),
+        _skeleton(Traffic(MODEL, "1", "2", weight=100, shape=Shape(sticky="x-user"))),
+        _skeleton(Traffic(MODEL, "1", "2", weight=100), number=1),
+    ]
+    assert len({known, *others}) == len(others) + 1
+
+
+@pytest.mark.parametrize(("shape", "fault"), [
+    (Shape(sticky="x user"), "x user"), (Shape(sticky=""), "no header"), (Shape(priority=Match(":path", "/")), ":path"),
+    (Shape((Pin(Match("X-Titleshot-Limits", "1"), "1"),)), "X-Titleshot-Limits"),
+    (Shape((Pin(Match("x-tenant", " a"), "1"),)), "no value"), (Shape((Pin(Match("x-tenant", "a\nb"), "1"),)), "no value"),
+    (Shape(priority=Match("x-class", "")), "no value"),
+])  # fmt: skip
+def test_shapes_that_no_gateway_can_obey(shape: Shape, fault: str) -> None:
+    """Headers that no client can send, or that are the gateway's own, are named; good ones are not."""
+    assert [fault in one for one in envoy.faults(shape)] == [True]
+    assert envoy.faults(SHAPED.shape) == []
 
 
 def test_no_traffic_is_none() -> None:
@@ -119,9 +233,28 @@ def test_trap_01_the_breaker_opens_after_the_server_sheds() -> None:
 
 
 def test_trap_02_every_cluster_may_retry_more_than_three_at_once() -> None:
-    """The limit of retries at once is raised on all clusters, the aggregates included."""
+    """The limit of retries at once is raised on all clusters, the aggregates included; for both priorities; no more
+    than a server takes."""
+    from deployments.local.target import Options
+
     for cluster in envoy.clusters(MODEL, BACKENDS, LIMITS):
-        assert cluster["circuit_breakers"]["thresholds"][0]["max_retries"] >= 1024
+        thresholds = cluster["circuit_breakers"]["thresholds"]
+        assert [one["priority"] for one in thresholds] == ["DEFAULT", "HIGH"]
+        assert all(one["retry_budget"]["min_retry_concurrency"] == LIMITS.retries for one in thresholds)
+        assert all("max_retries" not in one for one in thresholds)
+    assert 64 <= LIMITS.retries <= Options().concurrency + Options().queue
+
+
+@given(traffics())
+def test_every_version_of_a_chain_gets_its_try(traffic: Traffic) -> None:
+    """There are as many tries as the longest chain has versions, three at least; a limit that is reached (429) is tried
+    elsewhere, where there is somebody else."""
+    for entry in _routes(traffic)["virtual_hosts"][0]["routes"]:
+        if "weighted_clusters" in entry.get("route", {}):
+            names = [cluster["name"] for cluster in entry["route"]["weighted_clusters"]["clusters"]]
+            longest, retry = max(name.count("-or-") + 1 for name in names), entry["route"]["retry_policy"]
+            assert retry["num_retries"] == max(2, longest - 1)
+            assert retry.get("retriable_status_codes", []) == ([429] if longest > 1 else [])
 
 
 def test_traps_03_15_the_live_route() -> None:
@@ -155,10 +288,12 @@ def test_trap_07_unknown_clusters_are_not_let_in() -> None:
 
 
 def test_traps_11_12_17_listener_and_bootstrap() -> None:
-    """No shared port; no admin port; no /tap, no Lua; counters flushed each second."""
-    assert CASES["listener"]()["enable_reuse_port"] is False
+    """A port that our gateways share; no admin port, and one that a crowd cannot bar; no /tap, no Lua; counters
+    flushed each second."""
+    assert CASES["listener"]()["enable_reuse_port"] is True
     boot = CASES["bootstrap"]()
     assert boot["admin"]["address"] == {"pipe": {"path": "/h/run/envoy.sock", "mode": 0o600}}
+    assert boot["admin"]["ignore_global_conn_limit"] is True
     assert boot["stats_flush_interval"] == "1s"
 
 
@@ -207,6 +342,7 @@ def test_counters_become_served() -> None:
         ("envoy_attempt_rq", tags | {"tcode": "200"}, 5.0),
         ("envoy_attempt_rq", tags | {"tcode": "0"}, 1.0),
         ("envoy_attempt_rq", tags | {"tcode": "200", "troute": "pinned"}, 3.0),
+        ("envoy_attempt_rq", tags | {"tcode": "200", "troute": "header"}, 7.0),
         ("envoy_attempt_rq", shadow | {"tcode": "500"}, 2.0),
         ("envoy_attempt_rq", tags | {"tcode": "0", "tversion": "-"}, 4.0),
         ("envoy_attempt_rq", tags | {"tcode": "200", "tmodel": "other"}, 99.0),
@@ -218,9 +354,10 @@ def test_counters_become_served() -> None:
     found = envoy.served(MODEL, samples)
     assert found["2"] == Served({"200": 5, "0": 1}, Histogram((0.0005, 0.001), (1, 3, 1)))
     assert found["2-pinned"].codes == {"200": 3}
+    assert found["2-header"].codes == {"200": 7}
     assert found["2-shadow"].codes == {"500": 2}
     assert found[""].codes == {"0": 4}
-    assert set(found) == {"2", "2-pinned", "2-shadow", ""}
+    assert set(found) == {"2", "2-pinned", "2-header", "2-shadow", ""}
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def context(registered, tmp_path):
     target.route(Traffic(MODEL, champion.number), fence)
     policy = Policy(version=1, model=MODEL, gates=({"kind": "features"},))
     return Context(
+        id="p",
         model=MODEL,
         settings=Settings(home=home),
         target=target,

@@ -77,6 +77,7 @@ def live(target, rate=120.0):
 def context(target, policy, tmp_path):
     versions = {n: Contender(Registered("m", n, None, {}), Path("nowhere"), "d", "d") for n in ("1", "2")}
     return Context(
+        id="p",
         model="m",
         settings=None,
         target=target,

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from validations.gates import GATES
-from validations.policy import Policy, PolicyError, read
+from validations.gates import GATES, BaseGate
+from validations.policy import ROLLBACK, Policy, PolicyError, read
+from validations.traffic import Like, Pinned, Shaping
+from validations.verdict import Bound
 
 GOOD = """\
 version: 1
@@ -113,6 +115,89 @@ def test_every_gate_and_check_is_documented() -> None:
         for metric in gate.METRICS:
             base = re.sub(r"^p\d+_", "pNN_", metric)
             assert f"`{metric}`" in page or f"`{base}`" in page or f"`{metric.removesuffix('_delta')}`" in page, metric
+
+
+def test_every_word_is_documented() -> None:
+    """docs/policy.md names every word of the file, of each gate and of the block `traffic`."""
+    page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    for record in (*GATES.values(), Policy, Shaping, Pinned, Like):
+        for name, field in record.model_fields.items():
+            word = field.alias or name
+            if name in BaseGate.model_fields or record is Policy:
+                assert f"`{word}`" in page or f"{word}:" in page, word
+            else:
+                assert f"`{word}`" in page, (record, word)
+    assert "`rollback_s`" in page
+
+
+def test_examples_of_traffic_in_the_documents_can_be_read() -> None:
+    """The block in docs/policy.md is one."""
+    page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+    (block,) = re.findall(r"```yaml\n(traffic:.*?)```", page, re.DOTALL)
+    traffic = read(GOOD.replace("gates:", f"{block}gates:", 1)).traffic
+    assert traffic is not None
+    assert [pin.version for pin in traffic.pins] == ["challenger", "3"]
+    assert traffic.numbers == {"3", "2"}
+    assert (traffic.sticky, traffic.fallback, traffic.limits) == ("x-user", "2", {"challenger": 20})
+
+
+TRAFFIC = {
+    "nothing": ("{}", r"traffic: this asks nothing: give some of pins, sticky"),
+    "no mapping": ("5", r"traffic: this is a mapping of pins, sticky, limits"),
+    "a typo": ("{pin: []}", r"traffic.pin: unknown word 'pin'; did you mean 'pins'"),
+    "one pin without its list": ("{pins: {header: a}}", r"traffic.pins: this is a list of \{ header"),
+    "a pin that is none": ("{pins: [5]}", r"traffic.pins\[0\]: this is a mapping of header, value, version"),
+    "a pin to nobody": ("{pins: [{header: x-a, value: b}]}", r"`version` is missing"),
+    "a typo in a pin": ("{pins: [{header: x-a, valu: b, version: 3}]}", r"unknown word 'valu'; did you mean 'value'"),
+    "a typo in an alias": ("{pins: [{header: x-a, value: b, version: champoin}]}", r"did you mean 'champion'"),
+    "no name of a header": ("{sticky: ':path'}", r"traffic.sticky: ':path' is no name of a request header"),
+    "the gateway's header": ("{priority: {header: X-Shadow, value: b}}", r"'x-shadow' is the gateway's own header"),
+    "a value that YAML turned": ("{priority: {header: x-a, value: yes}}", r"put it in quotes"),
+    "a value with an end": ("{priority: {header: x-a, value: 'b '}}", r"no space at either end"),
+    "two pins for one": ("{pins: [{header: x-a, value: b, version: 3}, {header: X-A, value: b, version: 4}]}", r"`x-a: b` is pinned twice, to 3 and to 4"),
+    "no rate": ("{limits: {3: fast}}", r"traffic.limits\[3\]: 'fast' is no rate"),
+    "a limit of nothing": ("{limits: {3: 0}}", r"greater than 0"),
+    "a limit for nobody": ("{limits: {v3: 4}}", r"traffic.limits.v3: 'v3' is no version"),
+    "two limits for one": ("{limits: {3: 4, '3': 5}}", r"'3' stands here twice"),
+    "limits in a list": ("{limits: [3]}", r"this is a mapping of versions to rates"),
+    "sticky by what nobody keeps": ("{sticky: x-request-id}", r"another for every request"),
+    "the champion for a fallback": ("{fallback: champion}", r"answers what the challenger fails already"),
+    "an unproven fallback": ("{fallback: challenger}", r"is not proven"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slip", TRAFFIC)
+def test_traffic_that_makes_no_sense_is_refused(slip: str) -> None:
+    """In one line, with its place."""
+    block, said = TRAFFIC[slip]
+    with pytest.raises(PolicyError, match=said) as caught:
+        read(GOOD.replace("gates:", f"traffic: {block}\ngates:", 1), "p.yaml")
+    assert str(caught.value).startswith("p.yaml:3: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_traffic_is_read_and_kept() -> None:
+    """Headers in small letters, versions as text, rates per second; the stored form is the same policy."""
+    block = "{pins: [{header: X-Tenant, value: 7, version: 3}], limits: {3: 120/m, previous: 5}, fallback: previous}"
+    policy = read(GOOD.replace("gates:", f"traffic: {block}\ngates:", 1))
+    assert policy.traffic == Shaping(
+        pins=(Pinned(header="x-tenant", value="7", version="3"),),
+        limits={"3": 2.0, "previous": 5.0},
+        fallback="previous",
+    )
+    assert Policy.model_validate_json(policy.model_dump_json()) == policy
+    assert policy.digest != read(GOOD).digest
+
+
+def test_a_rollback_is_held_to_its_time_where_the_policy_says_so() -> None:
+    """`rollback_within` bounds the step `rollback`, in seconds; without a champion nothing is given back."""
+    held = read(GOOD.replace("gates:", "rollback_within: 1m30s\nkeep_previous: 24h\ngates:", 1))
+    assert held.keep_previous == timedelta(hours=24)
+    assert held.bounds(ROLLBACK)["rollback_s"] == Bound(max=90)
+    assert set(held.bounds(ROLLBACK, first=True)) == set(read(GOOD).bounds(ROLLBACK)) == {"agreement"}
+    for word in ("rollback_within: 5", "keep_previous: forever"):
+        with pytest.raises(PolicyError, match=r"a duration is written like|is no duration"):
+            read(GOOD.replace("gates:", f"{word}\ngates:", 1))
 
 
 @pytest.mark.parametrize(("written", "wanted"), [("5%", 0.05), ("0.02", 0.02), ("12.5 %", 0.125)])

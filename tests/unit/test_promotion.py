@@ -1,5 +1,7 @@
 """The promotion: it always ends, and only passes lead to the champion's place."""
 
+from datetime import timedelta
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +28,9 @@ def policies(draw: st.DrawFn) -> Policy:
     gates = draw(st.lists(st.sampled_from(SHAPES), min_size=1, unique_by=lambda g: g["kind"]))
     if draw(st.booleans()):
         gates = [*gates, {"kind": "watch", "run_time": "1s", "checks": ok}]
-    return Policy(version=1, model="m", gates=gates)
+    return Policy(
+        version=1, model="m", gates=gates, rollback_within=draw(st.sampled_from([None, timedelta(seconds=5)]))
+    )
 
 
 def measured(outcome: Outcome, bound: Bound) -> dict[str, Measurement]:
@@ -116,6 +120,21 @@ def test_a_verdict_out_of_turn_is_refused() -> None:
         start.record(late)
     with pytest.raises(ValidationError, match="do not follow the plan"):
         Promotion(**{**dict(start), "verdicts": (late,)})
+
+
+@pytest.mark.parametrize(("seconds", "phase"), [(4.9, Phase.ROLLED_BACK), (5.1, Phase.DEGRADED)])
+def test_a_rollback_over_its_time_is_degraded(seconds: float, phase: Phase) -> None:
+    """Traffic is back with the champion, and a person is told that it took longer than the policy allows."""
+    policy = Policy(version=1, model="m", gates=[SHAPES[-1]], rollback_within=timedelta(seconds=5))
+
+    def perform(promotion: Promotion, step: Step) -> Verdict:
+        met = {"ready": 1, "agreement": 1, "rollback_s": seconds, "error_ceiling": 1, "ledger": 1, "error_rate": 0}
+        found = {name: Measurement.exact(value) for name, value in met.items()}
+        return judge(step.name, promotion.bounds(step), Evidence(measurements=found))
+
+    end = drive(begin(policy, "1"), perform, lambda _: None)
+    assert end.phase is phase
+    assert (end.verdicts[-1].why == "rollback_s 5.1 is outside the bound (at most 5)") == (phase is Phase.DEGRADED)
 
 
 def test_an_approval_is_waited_for() -> None:

@@ -424,7 +424,7 @@ def test_a_function_is_a_metric_like_any_other(folder):
         ("metrics.py:raises", r"^metrics.py:raises: RuntimeError: out of luck \(metrics.py:16\)$"),
         ("metrics.py:text", "'own' returned str: wanted a number, or one per row"),
         ("metrics.py:crashes", r"ended without an answer \(exit code 3\)"),
-        ("metrics.py:hangs", "no answer within 10 s"),
+        ("metrics.py:hangs", "no answer within 3 s"),
         ("metrics.py:absent", "metrics.py:absent: AttributeError: it has no 'absent': it has share"),
         ("nowhere.py:f", "nowhere.py is not there"),
         ("metrics.py:ROWS", "the metric says that lower is better: say `better: lower`"),
@@ -432,7 +432,7 @@ def test_a_function_is_a_metric_like_any_other(folder):
 )
 def test_what_a_function_does_wrong_is_one_line(folder, function, said):
     """Raising, hanging, crashing, nonsense: the gate is errored with file, function and reason."""
-    limit = "10s" if function.endswith("hangs") else "5m"
+    limit = "3s" if function.endswith("hangs") else "5m"
     with pytest.raises(Mistake, match=said) as caught:
         measured_in_a_child(folder, asked({"own": {"min": 0}}, {"own": function}, timeout=limit))
     assert "\n" not in str(caught.value)

@@ -75,6 +75,7 @@ def judged(champion, challenger, tmp_path, live=(), **policy):
     for body in live:
         target.send("flights", json.dumps(body).encode())
     context = Context(
+        id="p",
         model="flights",
         settings=Settings(home=tmp_path),
         target=target,

@@ -22,7 +22,8 @@ from sklearn.linear_model import LogisticRegression
 
 from deployments.artifact import digest
 from deployments.local import server
-from deployments.local.server import Predictor, Ring, Server, parse
+from deployments.local.server import Bucket, Predictor, Ring, Server, limit_of, parse
+from deployments.target import Answer
 
 PICKY = """
 import mlflow
@@ -280,7 +281,7 @@ def test_answers_are_kept_with_their_bodies(root: Path) -> None:
 
 
 def test_the_ring_is_bounded_by_count_and_bytes() -> None:
-    """The oldest answers go first; numbers go on; an answer that is too large alone leaves nothing behind."""
+    """The oldest answers go first; one that is too large alone is left out, and its number is missing."""
     fields = {"request_id": "", "shadow": False, "status": 200, "response": b"", "at": 0.0, "seconds": 0.0}
     ring = Ring(3, 100)
     for _ in range(5):
@@ -290,9 +291,10 @@ def test_the_ring_is_bounded_by_count_and_bytes() -> None:
     ring.add(request=b"x" * 85, **fields)
     assert [one.number for one in ring.after(-1, 10)] == [4, 5]
     ring.add(request=b"x" * 101, **fields)
-    assert list(ring.after(-1, 10)) == []
+    assert [one.number for one in ring.after(-1, 10)] == [4, 5]
     ring.add(request=b"x", **fields)
-    assert [one.number for one in ring.after(-1, 10)] == [7]
+    assert [one.number for one in ring.after(-1, 10)] == [4, 5, 7]
+    assert [one.number for one in ring.after(5, 10)] == [one.number for one in ring.after(6, 10)] == [7]
 
 
 def held_up(app: Server) -> threading.Event:
@@ -328,6 +330,132 @@ def test_live_requests_go_before_copies_and_load(root: Path) -> None:
     assert asyncio.run(go()) == [503, 503, 200, 200, 200]
     kept = [json.loads(line) for line in get(app, "/titleshot/answers").text.splitlines()]
     assert [(one["status"], one["shadow"]) for one in kept] == [(503, True), (200, False), (200, False), (200, False)]
+
+
+def test_who_waits_is_taken_by_class_and_then_in_turn(root: Path) -> None:
+    """High priority goes first, then other live requests, then copies and load tests; in a class, who came first."""
+    app = Server(options(root / "sklearn", "--concurrency", "1"))
+    go_on, taken = threading.Event(), list[bytes]()
+
+    def predict(body: bytes, content_type: str) -> server.Reply:
+        taken.append(body)
+        go_on.wait(10)
+        return 200, "application/json", b"{}"
+
+    app.predictor = predict  # type: ignore[assignment]
+    came = [
+        ("first", {}),
+        ("load", {"x-titleshot-load": "1"}),
+        ("copy", {"x-shadow": "1"}),
+        ("live", {}),
+        ("live2", {}),
+    ]
+    came += [("high copy", {"x-shadow": "1", "x-titleshot-priority": "high"})]
+    came += [("low", {"x-titleshot-priority": "low"}), ("high", {"x-titleshot-priority": "high"})]
+
+    async def go() -> set[int]:
+        async with client(app) as one:
+            tasks = []
+            for place, (name, headers) in enumerate(came):
+                post = one.post("/invocations", content=name.encode(), headers=headers)
+                tasks.append(asyncio.create_task(post))
+                while app._room > 256 - place or not taken:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+            go_on.set()
+            return {(await task).status_code for task in tasks}
+
+    assert asyncio.run(go()) == {200}
+    assert b" ".join(taken) == b"first high live live2 low load copy high copy"
+
+
+def test_a_flood_of_copies_costs_a_live_request_one_prediction_at_most(root: Path) -> None:
+    """However many copies wait, a live request is taken as soon as one thread has ended what it was doing."""
+    app = Server(options(root / "sklearn", "--concurrency", "2", "--queue", "400"))
+    steps, taken = threading.Semaphore(0), list[bytes]()
+
+    def predict(body: bytes, content_type: str) -> server.Reply:
+        taken.append(body)
+        steps.acquire(timeout=10)
+        return 200, "application/json", body
+
+    app.predictor = predict  # type: ignore[assignment]
+
+    async def go() -> list[bytes]:
+        async with client(app) as one:
+            copy, came = {"x-shadow": "1"}, list[bytes]()
+            flood = [asyncio.create_task(one.post("/invocations", content=b"copy", headers=copy)) for _ in range(200)]
+            while app._room > 202 or len(taken) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            for _ in range(20):
+                live, before = asyncio.create_task(one.post("/invocations", content=b"live")), len(taken)
+                while not app.line.live:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                while not live.done():
+                    steps.release()  # one of the two threads ends what it does and takes who is next
+                    now = len(taken)
+                    while len(taken) == now:  # noqa: ASYNC110
+                        await asyncio.sleep(0)
+                    await asyncio.sleep(0.01)
+                came.append(taken[before])
+            steps.release(1000)
+            await asyncio.gather(*flood)
+            return came
+
+    assert asyncio.run(go()) == [b"live"] * 20
+
+
+def test_a_waiting_copy_makes_room_for_a_live_request(root: Path) -> None:
+    """Where the queue is full, a live request takes the place of the last copy in it, which is shed; where no
+    copy waits, the live request is.
+    """
+    app = Server(options(root / "sklearn", "--concurrency", "1", "--queue", "4"))
+    go_on = held_up(app)
+
+    async def go() -> tuple[list[int], list[int]]:
+        async with client(app) as one:
+
+            async def came(room: int, headers: dict[str, str]) -> asyncio.Task[httpx.Response]:
+                task = asyncio.create_task(one.post("/invocations", content=b"{}", headers=headers))
+                while app._room > room:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                return task
+
+            first = await came(4, {})
+            copies = [await came(room, {"x-shadow": "1"}) for room in (3, 2)]
+            live = [await came(room, {}) for room in (1, 0)]
+            pushing = [asyncio.create_task(one.post("/invocations", content=b"{}")) for _ in range(2)]
+            shed = [(await copy).status_code for copy in copies]
+            late = await one.post("/invocations", content=b"{}")
+            go_on.set()
+            served = [(await task).status_code for task in (first, *live, *pushing)]
+            return [*shed, late.status_code], served
+
+    assert asyncio.run(go()) == ([503, 503, 503], [200] * 5)
+    assert app._room == 5
+
+
+def test_nobody_waits_any_more_means_no_prediction(root: Path) -> None:
+    """A request that ran out of time while it waited is not predicted when its turn comes."""
+    app = Server(options(root / "sklearn", "--concurrency", "1", "--timeout", "0.05"))
+    go_on, taken = threading.Event(), list[bytes]()
+
+    def predict(body: bytes, content_type: str) -> server.Reply:
+        taken.append(body)
+        go_on.wait(10)
+        return 200, "application/json", b"{}"
+
+    app.predictor = predict  # type: ignore[assignment]
+
+    async def go() -> tuple[set[int], int]:
+        async with client(app) as one:
+            late = await asyncio.gather(*(one.post("/invocations", content=b"late") for _ in range(3)))
+            go_on.set()
+            while app._room < 257:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            return {one.status_code for one in late}, (await one.post("/invocations", content=b"next")).status_code
+
+    assert asyncio.run(go()) == ({504}, 200)
+    assert taken == [b"late", b"next"]
 
 
 def test_what_it_cannot_take_is_shed(root: Path) -> None:
@@ -382,6 +510,127 @@ def test_a_large_body_is_413(root: Path) -> None:
             return (await one.post("/invocations", content=chunks())).status_code
 
     assert asyncio.run(go()) == 413
+
+
+def test_more_than_its_limit_is_429(root: Path) -> None:
+    """Live requests over the rate of the server's own version are refused in MLflow's form, without a prediction
+    and without a trace in the ring; copies are no part of it.
+    """
+    app = Server(options(root / "sklearn"))
+    predicted = list[bytes]()
+    app.predictor = lambda body, content_type: (predicted.append(body), (200, "application/json", b"{}"))[1]  # type: ignore[assignment, func-returns-value, return-value]
+
+    async def go() -> list[httpx.Response]:
+        limits = {"x-titleshot-limits": "2=100;3=0.01"}
+        async with client(app) as one:
+            asked = [limits, limits, {**limits, "x-shadow": "1"}, {}, {"x-titleshot-limits": "2=1"}]
+            return [await one.post("/invocations", content=b"{}", headers=headers) for headers in asked]
+
+    answers = asyncio.run(go())
+    assert [answer.status_code for answer in answers] == [200, 429, 200, 200, 200]
+    assert answers[1].headers["retry-after"] == "1"
+    assert answers[1].json() == {
+        "error_code": "RESOURCE_EXHAUSTED",
+        "message": "version 3 takes 0.01 requests per second",
+    }
+    assert len(predicted) == 4
+    assert [json.loads(line)["status"] for line in get(app, "/titleshot/answers").text.splitlines()] == [200] * 4
+
+
+def test_a_burst_is_one_seconds_worth() -> None:
+    """At once there pass as many as in one second, but at least one; afterwards the rate holds."""
+    for rate, burst in ((20, 20), (2.5, 2), (0.1, 1)):
+        bucket = Bucket()
+        assert sum(bucket.take(rate, 5.0) for _ in range(100)) == burst
+    bucket = Bucket()
+    assert sum(bucket.take(20, 5 + tick / 1024) for tick in range(10_241)) == 20 + 10 * 20
+    slow = Bucket()
+    assert [tick for tick in range(25) if slow.take(0.125, 5.0 + tick)] == [0, 8, 16, 24]
+
+
+@pytest.mark.parametrize(
+    ("header", "rate"),
+    [
+        ("3=20", 20.0),
+        ("2=100; 3=0.5", 0.5),
+        ("", None),
+        ("2=100", None),
+        ("3", None),
+        ("3=", None),
+        ("3=many", None),
+        ("3=-1", None),
+        ("3=0", None),
+        ("3=inf", None),
+        ("3=nan", None),
+        (";;=;3=7;", 7.0),
+        ("33=1", None),
+    ],
+)
+def test_a_malformed_limit_is_none(header: str, rate: float | None) -> None:
+    """Only a positive number for the own version is a limit."""
+    assert limit_of(header, "3") == rate
+
+
+def test_the_own_path_is_kept(root: Path) -> None:
+    """An answer says whether the version was asked for by name."""
+    app = Server(options(root / "sklearn"))
+    app.predictor = lambda body, content_type: (200, "application/json", b"{}")  # type: ignore[assignment]
+
+    async def go() -> None:
+        async with client(app) as one:
+            for headers in ({}, {"x-titleshot-own-path": "1"}):
+                await one.post("/invocations", content=b"{}", headers=headers)
+
+    asyncio.run(go())
+    lines = [json.loads(line) for line in get(app, "/titleshot/answers").text.splitlines()]
+    assert [Answer(**line).own_path for line in lines] == [False, True]
+
+
+def told(app: Server, messages: list[dict[str, Any]], *, then: str = "hang") -> list[dict[str, Any]]:
+    """What `app` sends where the server in front of it receives `messages`, and after them nothing or a hang-up."""
+    sent: list[dict[str, Any]] = []
+    scope = {"type": "http", "method": "POST", "raw_path": b"/invocations", "query_string": b"", "headers": []}
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop(0)
+        if then == "hang":
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    return sent
+
+
+def part(size: int) -> dict[str, Any]:
+    return {"type": "http.request", "body": b"x" * size, "more_body": True}
+
+
+def test_a_body_that_never_ends_holds_nothing(root: Path) -> None:
+    """One that stops coming is a 408 after `timeout`, one whose sender hangs up is no request, and one that goes on
+    for ever a 413; none of them is predicted, kept, or counted any more.
+    """
+    app = Server(options(root / "sklearn", "--timeout", "0.05", "--max-body", "100"))
+    app.predictor = lambda body, content_type: 1 / 0  # type: ignore[assignment, return-value]
+    assert told(app, [part(10)])[0]["status"] == 408
+    assert told(app, [part(10)], then="hang up") == []
+    assert told(app, [part(10) for _ in range(11)])[0]["status"] == 413
+    assert app._bodies == 0
+    assert get(app, "/titleshot/answers").text == ""
+
+
+def test_all_bodies_together_are_bounded(root: Path) -> None:
+    """Large bodies beyond `max-bodies` in all are shed with 503; small ones pass all the same."""
+    app = Server(options(root / "sklearn", "--max-bodies", "200000"))
+    app.predictor = lambda body, content_type: (200, "application/json", b"{}")  # type: ignore[assignment]
+    app._bodies = 150_000
+    last = {**part(10), "more_body": False}
+    assert told(app, [part(40_000), part(40_000), last])[0]["status"] == 503
+    assert told(app, [part(30_000), part(30_000), last])[0]["status"] == 200
+    assert app._bodies == 150_000
 
 
 def test_another_artifact_is_not_loaded(root: Path) -> None:

@@ -1,7 +1,9 @@
 """The local target's smaller parts: the state database, supervisord's files, runtimes."""
 
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from configparser import RawConfigParser
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from deployments.runtimes import Protocol, Runtime, flavours, runtime
 from deployments.target import (
     Fence,
     Histogram,
+    Holder,
     LeaseHeld,
     Served,
     StaleFence,
@@ -68,6 +71,63 @@ def test_a_lapsed_lease_goes_to_the_next(state: State, clock: Clock) -> None:
     with pytest.raises(StaleFence, match="nobody"):
         state.check("m", new)
     assert state.lease("m", "me").number == new.number + 1
+
+
+def test_a_lease_that_is_taken_leaves_its_holder_with_a_stale_fence(state: State) -> None:
+    """An operator waits for nobody; the one who had it can do nothing more, not even renew or release."""
+    old = state.lease("m", "me")
+    new = state.lease("m", "operator", take=True)
+    assert new.number == old.number + 1
+    for verb in (lambda: state.check("m", old), lambda: state.guard(old).__enter__()):
+        with pytest.raises(StaleFence, match="operator"):
+            verb()
+    state.release(old)
+    assert state.holder("m") == Holder("operator", pytest.approx(time.time(), abs=60), 60)
+
+
+def test_who_is_told_that_it_is_held_is_told_by_whom_and_until_when(state: State, clock: Clock) -> None:
+    """The refusal names the holder, since when, and when its lease lapses."""
+    state.lease("m", "me")
+    clock.now += 20
+    with pytest.raises(LeaseHeld, match=r"m is held by me since 20\d\d-.*; its lease lapses in 40 s unless"):
+        state.lease("m", "other")
+
+
+def test_no_change_of_the_time_of_day_ends_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day forward or back: it is held as before, since leases count the machine's own seconds."""
+    state = State(tmp_path / "state.db", ttl=60)
+    fence, now = state.lease("m", "me"), time.time()
+    for jump in (86_400, -86_400):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+        with pytest.raises(LeaseHeld):
+            state.lease("m", "other")
+        state.check("m", fence)
+
+
+def test_a_lease_does_not_outlive_the_machine(tmp_path: Path, clock: Clock) -> None:
+    """Its holder cannot have survived a start of the machine, whatever its clock shows."""
+    path = tmp_path / "state.db"
+    State(path, ttl=60, clock=clock, boot="first").lease("m", "me")
+    assert State(path, ttl=60, clock=clock, boot="second").lease("m", "other").number == 2
+
+
+def test_a_guard_holds_off_the_next_holder(state: State, clock: Clock) -> None:
+    """While something is written that knows no fences, a lease that lapses meanwhile is not given to another."""
+    fence, order = state.lease("m", "me"), []
+    with ThreadPoolExecutor() as threads:
+        with state.guard(fence):
+            clock.now += 61
+
+            def take() -> None:
+                state.lease("m", "other")
+                order.append("taken")
+
+            taking = threads.submit(take)
+            with pytest.raises(TimeoutError):
+                taking.result(0.5)
+            order.append("written")
+        taking.result(10)
+    assert order == ["written", "taken"]
 
 
 def test_a_fence_is_for_its_model(state: State) -> None:

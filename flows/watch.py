@@ -1,0 +1,39 @@
+"""What is looked after between promotions: those that their process left behind, and versions whose time has passed."""
+
+from typing import Any
+
+from prefect import flow, get_run_logger
+
+from flows.recover import recover
+from tasks.agreement import Unrecorded
+from tasks.lookout import Lookout
+from tasks.progress import listening, say
+from tasks.settings import load as load_settings
+from tasks.stack import settings_target
+
+
+@flow(name="watch", persist_result=False, retries=0)
+def watch() -> dict[str, Any]:
+    """Look once: bring to its end what was left behind, take down what is kept no longer, report what disagrees.
+
+    Returns recovered (what each promotion came to) and problems (sentences), both empty where all is well.
+    """
+    logger = get_run_logger()
+    with listening(logger.info):
+        return run()
+
+
+def run() -> dict[str, Any]:
+    """One look, inside a flow run or not."""
+    settings = load_settings()
+    settings.connect(needed=())
+    found = Lookout(settings, settings_target(settings)).look()
+    recovered, problems = [], list(found.problems)
+    for model in found.left_behind:
+        try:
+            recovered.append(recover(settings, model, patience=0))
+        except Unrecorded as error:
+            problems.append(str(error))
+    for problem in problems:
+        say(problem)
+    return {"recovered": [one for one in recovered if one], "problems": problems}
