@@ -8,11 +8,11 @@ demo: $(STAMP)            ## set up, start the stack, take six challengers throu
 	$(BIN)/titleshot demo
 
 test: $(STAMP)            ## set up and run the tests (real Envoy, MLflow, Prefect, Locust)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/contract tests/chaos
-	$(BIN)/python -m pytest tests/flows
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows
 
 chaos: $(STAMP)           ## whatever dies and whenever: the whole suite, which takes hours (`make test` runs a short selection)
-	$(BIN)/python -m pytest tests/chaos tests/flows/test_away.py -m "long or not long"
+	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows/test_away.py -m "long or not long"
 
 lint: $(STAMP)            ## style, types and layers
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from deployments.local import envoy
 from deployments.local.supervisor import _alive, wait_for
 from deployments.local.target import Options
 from deployments.target import Fence, Traffic, Version
+from tests.chaos.crash import FIVE, Registry, registry
 from tests.chaos.models import MOODS, make_model
 from tests.chaos.prober import Prober
 from tests.contract.conftest import MODEL, LocalWorld
@@ -150,6 +151,17 @@ def arena(
         shutil.rmtree(moods, ignore_errors=True)
         if home is None:
             shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A registry of five versions: 2 is champion, 1 was before, and nothing is under way."""
+    with registry(tmp_path_factory.mktemp("registry"), len(FIVE)) as made:
+        assert made.run("promote", version="1").result["phase"] == "promoted"
+        with made.asking():
+            assert made.run("promote", version="2").result["phase"] == "promoted"
+        assert made.disagreements() == []
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from typing import Any
 
 from deployments.local.supervisor import wait_for
 from tests.chaos.models import make_model
+from tests.chaos.prober import Prober
 
 MODEL = "formula"
 POLICY = {
@@ -26,6 +27,7 @@ POLICY = {
     ],
 }
 LEASE = 2.0
+FIVE = ("1", "2", "3", "4", "5")
 
 
 @dataclass
@@ -112,6 +114,25 @@ class Registry:
             self._nursery.stdin.close()
             self._nursery.wait(30)
         self.target.stop()
+
+    def asking(self) -> Prober:
+        """Somebody who asks for the whole time, and whom every version may answer."""
+        return Prober(self.target.gateway(MODEL), allowed=FIVE, seconds=20_000, count=10_000_000)
+
+    def champion(self) -> str:
+        """Who serves."""
+        traffic = self.target.traffic(MODEL)
+        assert traffic is not None
+        return traffic.champion
+
+    def other(self) -> str:
+        """A version that is not champion."""
+        return next(version for version in FIVE if version != self.champion())
+
+    def held(self) -> bool:
+        """Whether somebody holds the lease, dead or alive."""
+        holder = self.target.holder(MODEL)
+        return holder is not None and holder.left > 0
 
     def halt_mlflow(self) -> None:
         """Stop MLflow's server."""

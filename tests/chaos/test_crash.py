@@ -6,42 +6,19 @@ of it takes hours (`make chaos`); `make test` takes the points around the cut-ov
 
 import os
 import random
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 
-from tests.chaos.crash import MODEL, Outcome, Registry, registry
-from tests.chaos.prober import Prober
+from deployments.local.supervisor import wait_for
+from tests.chaos.crash import Outcome, Registry
 
 SEEDS = int(os.environ.get("CHAOS_SEEDS", "3"))
 
 
-@pytest.fixture(scope="module")
-def crowned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    """Version 1 is champion and 2 was before; nothing is under way."""
-    with registry(tmp_path_factory.mktemp("crash")) as made:
-        assert made.run("promote", version="2").result["phase"] == "promoted"
-        with asking(made):
-            assert whole(made, "promote").result["phase"] == "promoted"
-        yield made
-
-
-def asking(world: Registry) -> Prober:
-    """Somebody who asks for the whole time, and whom every version may answer."""
-    return Prober(world.target.gateway(MODEL), allowed={"1", "2"}, seconds=20_000)
-
-
-def other(world: Registry) -> str:
-    """The version that is not champion."""
-    traffic = world.target.traffic(MODEL)
-    assert traffic is not None
-    return {"1": "2", "2": "1"}[traffic.champion]
-
-
 def whole(world: Registry, do: str) -> Outcome:
     """A job that nobody disturbs."""
-    done = world.run(do, version=other(world))
+    done = world.run(do, version=world.other())
     assert not done.error, done.trace
     assert world.disagreements() == []
     return done
@@ -49,12 +26,13 @@ def whole(world: Registry, do: str) -> Outcome:
 
 def dies(world: Registry, do: str, at: int, late: float = 0.0) -> None:
     """A job dies at its `at`th change, is recovered, and everything agrees."""
-    died = world.run(do, die_at=at, late=late, version=other(world))
+    died = world.run(do, die_at=at, late=late, version=world.other())
     where = f"{do} died at {at} ({died.diary[-1] if died.diary else 'the beginning'}), {late * 1000:.0f} ms late"
     assert died.killed or not died.error, f"{where}: {died.trace}"
     if at % 5 == 0:
         # The next promotion finds it as well, before it begins.
-        following = world.run("promote", version=other(world))
+        wait_for(lambda: not world.held(), 30, "the lease does not lapse")
+        following = world.run("promote", version=world.other())
         assert not following.error or "the champion already" in following.error, f"{where}: {following.trace}"
     recovered = world.run("recover")
     assert not recovered.error, f"{where}: {recovered.trace}"
@@ -69,37 +47,37 @@ def points(diary: list[str], count: int) -> list[int]:
     return sorted(picked.sample(heart, min(len(heart), count)) + picked.sample(range(1, len(diary) + 1), count // 2))
 
 
-def test_a_promoter_that_dies_at_the_cut_over_leaves_nothing_half_done(crowned: Registry) -> None:
+def test_a_promoter_that_dies_at_the_cut_over_leaves_nothing_half_done(world: Registry) -> None:
     """Some of the points of the whole suite: after recovery all agrees and the prober has seen nothing."""
-    with asking(crowned) as prober:
-        for at in points(whole(crowned, "promote").diary, 4):
-            dies(crowned, "promote", at)
+    with world.asking() as prober:
+        for at in points(whole(world, "promote").diary, 3):
+            dies(world, "promote", at)
     prober.result.assert_clean()
 
 
-def test_a_rollback_that_dies_is_brought_to_its_end(crowned: Registry) -> None:
+def test_a_rollback_that_dies_is_brought_to_its_end(world: Registry) -> None:
     """As above, for the operator's rollback."""
-    with asking(crowned) as prober:
-        diary = whole(crowned, "rollback").diary
+    with world.asking() as prober:
+        diary = whole(world, "rollback").diary
         # One route change, and no model is loaded or stopped.
         assert sum("rds" in line for line in diary) == 1, diary
         assert not [line for line in diary if line.startswith("supervisord") or "cds" in line]
         for at in points(diary, 2):
-            dies(crowned, "rollback", at)
+            dies(world, "rollback", at)
     prober.result.assert_clean()
 
 
 @pytest.mark.long
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("do", ["promote", "rollback"])
-def test_a_process_may_die_anywhere(crowned: Registry, do: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_may_die_anywhere(world: Registry, do: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed before every change it makes, and in the midst of it with each further seed: all agrees, nobody noticed."""
-    with asking(crowned) as prober:
-        count = len(whole(crowned, do).diary)
+    with world.asking() as prober:
+        count = len(whole(world, do).diary)
         for seed in range(SEEDS):
             chance = random.Random(seed)
             for at in range(1, count + 2):
-                dies(crowned, do, at, chance.uniform(0, 0.05) if seed else 0.0)
+                dies(world, do, at, chance.uniform(0, 0.05) if seed else 0.0)
                 if at % 20 == 0:
                     assert not prober.failures, prober.failures[:5]
                     with capsys.disabled():

@@ -2,35 +2,12 @@
 
 import random
 import threading
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 
 from deployments.local.supervisor import wait_for
-from tests.chaos.crash import MODEL, Registry, registry
-from tests.chaos.prober import Prober
-
-VERSIONS = ("1", "2", "3", "4", "5")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    """Version 2 is champion, 1 was before."""
-    with registry(tmp_path_factory.mktemp("promoters"), len(VERSIONS)) as made:
-        for version in ("1", "2"):
-            if version == "1":
-                assert made.run("promote", version=version).result["phase"] == "promoted"
-                continue
-            with asking(made):
-                assert made.run("promote", version=version).result["phase"] == "promoted"
-        assert made.disagreements() == []
-        yield made
-
-
-def asking(world: Registry) -> Prober:
-    """Somebody who asks for the whole time, and whom every version may answer."""
-    return Prober(world.target.gateway(MODEL), allowed=VERSIONS, seconds=5_000)
+from tests.chaos.crash import FIVE, MODEL, Registry
 
 
 def crowd(world: Registry, promoters: int, rounds: int, seed: int) -> int:
@@ -40,7 +17,7 @@ def crowd(world: Registry, promoters: int, rounds: int, seed: int) -> int:
     chance, won = random.Random(seed), []
     seen: list[str] = []
     for _ in range(rounds):
-        jobs = [{"do": "promote", "version": chance.choice(VERSIONS)} for _ in range(promoters)]
+        jobs = [{"do": "promote", "version": chance.choice(FIVE)} for _ in range(promoters)]
         done = world.together(jobs)
         for job, one in zip(jobs, done, strict=True):
             why = one.error
@@ -61,7 +38,7 @@ def crowd(world: Registry, promoters: int, rounds: int, seed: int) -> int:
 
 def test_of_many_promoters_one_at_a_time_gets_through(world: Registry) -> None:
     """Each follows the one before it, each loser says who was faster, and no caller notices."""
-    with asking(world) as prober:
+    with world.asking() as prober:
         assert crowd(world, promoters=6, rounds=1, seed=1) >= 1
     prober.result.assert_clean()
 
@@ -70,7 +47,7 @@ def test_of_many_promoters_one_at_a_time_gets_through(world: Registry) -> None:
 @pytest.mark.timeout(0)
 def test_twenty_promoters_of_five_versions_in_ten_rounds(world: Registry) -> None:
     """The same, ten times over with twenty."""
-    with asking(world) as prober:
+    with world.asking() as prober:
         assert crowd(world, promoters=20, rounds=10, seed=2) >= 10
     prober.result.assert_clean()
 
@@ -80,7 +57,7 @@ def test_a_rollback_waits_for_no_registry(world: Registry) -> None:
     from tasks.journal import opened
 
     before = world.target.traffic(MODEL).champion
-    with asking(world) as prober:
+    with world.asking() as prober:
         world.halt_mlflow()
         done = world.run("rollback", patience=0)
         now = world.target.traffic(MODEL)
@@ -96,12 +73,12 @@ def test_a_rollback_waits_for_no_registry(world: Registry) -> None:
     prober.result.assert_clean()
 
 
+@pytest.mark.long
 def test_mlflow_that_stops_amid_a_promotion_stops_it(world: Registry) -> None:
     """The challenger loses its share at once; what happened is recorded when MLflow is back."""
-    champion = world.target.traffic(MODEL).champion
-    challenger = next(version for version in VERSIONS if version != champion)
+    champion, challenger = world.champion(), world.other()
     outcomes = []
-    with asking(world) as prober:
+    with world.asking() as prober:
 
         def promote() -> None:
             outcomes.append(world.run("promote", version=challenger, patience=0))
@@ -129,10 +106,9 @@ def test_mlflow_that_stops_amid_a_promotion_stops_it(world: Registry) -> None:
 
 def test_an_operator_ends_a_promotion_that_is_under_way(world: Registry) -> None:
     """A rollback takes the lease: the challenger's requests go back, and the promoter finds that it is over."""
-    champion = world.target.traffic(MODEL).champion
-    challenger = next(version for version in VERSIONS if version != champion)
+    champion, challenger = world.champion(), world.other()
     outcomes = []
-    with asking(world) as prober:
+    with world.asking() as prober:
         jobs = [{"do": "promote", "version": challenger}, {"do": "rollback", "after": "canary"}]
         promoting = threading.Thread(target=lambda: outcomes.extend(world.together(jobs)))
         promoting.start()

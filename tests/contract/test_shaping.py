@@ -262,6 +262,7 @@ def test_long_chains_come_and_go_with_traffic(real: LocalWorld) -> None:
     target.release(fence)
 
 
+@pytest.mark.long
 def test_a_crowd_survives_a_kill(real: LocalWorld) -> None:
     """kill -9 of the challenger under 64 connections: every request is answered, by the champion where it must be."""
     fence = real.target.lease(MODEL, "me")
@@ -777,6 +778,8 @@ def test_trap_11_a_foreign_gateway_on_the_port_is_noticed(pair: Bench) -> None:
     stranger._supervisor.start()
     try:
         stranger.start()
+        name, one = "listener_manager.total_listeners_active", stranger._envoys[0]
+        wait_for(lambda: one.stats(f"^{name}$").get(name) == 1, 20, "the stranger does not listen")
         before = pair.gateway.path("rds", MODEL).read_text()
         with pytest.raises(TargetUnavailable, match="does another program listen"):
             pair.route(Traffic(MODEL, "2"))
