@@ -12,7 +12,7 @@ test: $(STAMP)            ## set up and run the tests (real Envoy, MLflow, Prefe
 	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows
 
 chaos: $(STAMP)           ## whatever dies and whenever: the whole suite, which takes hours (`make test` runs a short selection)
-	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows/test_away.py -m "long or not long"
+	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows/test_away.py tests/flows/test_serve.py -m "long or not long"
 
 lint: $(STAMP)            ## style, types and layers
 	$(BIN)/ruff check .

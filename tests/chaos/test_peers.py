@@ -294,6 +294,7 @@ def hurt(artifacts: Path) -> Iterator[Hurt]:
         yield Hurt(one, prober.result, str(refusal.value), gone)
 
 
+@pytest.mark.long
 def test_flagger_1898_a_promoted_version_that_does_not_start_costs_not_the_healthy_one(hurt: Hurt) -> None:
     """Where the new champion's server goes and does not start again, the one before answers for it, cannot be taken
     down meanwhile, and takes all requests back: 0 fail."""
@@ -302,6 +303,7 @@ def test_flagger_1898_a_promoted_version_that_does_not_start_costs_not_the_healt
     assert "has traffic" in hurt.refused
 
 
+@pytest.mark.long
 def test_seldon_5032_supervisor_and_server_die_together_and_all_is_served_again(hurt: Hurt) -> None:
     """After a start the version is loaded and serves, with the same traffic, on the model's path and on its own."""
     one = hurt.arena
@@ -310,6 +312,7 @@ def test_seldon_5032_supervisor_and_server_die_together_and_all_is_served_again(
     assert one.local.supervisor.status()[f"model-{MODEL}-1"].running
 
 
+@pytest.mark.long
 def test_flagger_773_switching_a_service_on_costs_no_request(hurt: Hurt) -> None:
     """A model's first version is answered from the moment that its first `route` returns, and the model beside it loses
     nothing."""
@@ -319,6 +322,7 @@ def test_flagger_773_switching_a_service_on_costs_no_request(hurt: Hurt) -> None
     beside.result.assert_clean()
 
 
+@pytest.mark.long
 def test_kserve_1968_a_retired_version_does_not_come_back(hurt: Hurt) -> None:
     """Neither a restart nor the next deployment brings a retired version back: no process, no path, no cluster, no
     record (also Seldon PR 6193, #4253 and #1325)."""

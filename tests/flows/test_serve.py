@@ -77,6 +77,7 @@ def test_an_interrupt_is_one_line(capfd: pytest.CaptureFixture[str], monkeypatch
     assert "interrupted; `titleshot status`" in capfd.readouterr().err
 
 
+@pytest.mark.long
 def test_moving_to_a_warm_version_loads_nothing(stack: Any, maker: Maker, tmp_path: Path, ran: Ran) -> None:
     """`serve --warm 4` serves the champion and loads the three that come next; then a promotion and a rollback leave
     every model server as it was.
