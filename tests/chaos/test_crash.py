@@ -18,6 +18,7 @@ SEEDS = int(os.environ.get("CHAOS_SEEDS", "3"))
 
 def whole(world: Registry, do: str) -> Outcome:
     """A job that nobody disturbs."""
+    wait_for(lambda: not world.held(), 30, "the lease does not lapse")
     done = world.run(do, version=world.other())
     assert not done.error, done.trace
     assert world.disagreements() == []
@@ -26,6 +27,8 @@ def whole(world: Registry, do: str) -> Outcome:
 
 def dies(world: Registry, do: str, at: int, late: float = 0.0) -> None:
     """A job dies at its `at`th change, is recovered, and everything agrees."""
+    # One that died before its first line has left nothing but its lease.
+    wait_for(lambda: not world.held(), 30, "the lease does not lapse")
     died = world.run(do, die_at=at, late=late, version=world.other())
     where = f"{do} died at {at} ({died.diary[-1] if died.diary else 'the beginning'}), {late * 1000:.0f} ms late"
     assert died.killed or not died.error, f"{where}: {died.trace}"
