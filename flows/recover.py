@@ -66,10 +66,10 @@ def finish(
     # A watch goes on with what was seen of it; the evidence of the gates before is in their verdicts.
     context.ledger = Ledger(weights(policy, first=left.promotion.champion is None))
     context.reference = None if left.reference is None else Arm.model_validate(left.reference)
-    watches = {step.name: policy.gates[step.gate] for step in left.promotion.plan if step.kind == "watch" and step.gate}
+    watches = {gate.name or gate.kind for gate in policy.gates if gate.kind == "watch"}
     for name, series in Notebook.read(context.folder):
         if name in watches and series.blocks:
-            context.series.setdefault(watches[name].name or watches[name].kind, []).append(series)
+            context.series.setdefault(name, []).append(series)
     return outcome(carry(context, left.promotion, left.policy_text, left.tags or {}, left, ended))
 
 
