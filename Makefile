@@ -3,16 +3,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test chaos lint up down clean bench
+.PHONY: demo test chaos lint up down clean bench screenshots
 demo: $(STAMP)            ## set up, start the stack, take six challengers through the gates
 	$(BIN)/titleshot demo
 
 test: $(STAMP)            ## set up and run the tests (real Envoy, MLflow, Prefect, Locust)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows
+	$(BIN)/python -m pytest tests/e2e
 
 chaos: $(STAMP)           ## whatever dies and whenever: the whole suite, which takes hours (`make test` runs a short selection)
 	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows/test_away.py tests/flows/test_serve.py -m "long or not long"
+
+screenshots: $(STAMP)    ## the pictures in docs/img, made again by the tests in a browser
+	TITLESHOT_SCREENSHOTS=docs/img $(BIN)/python -m pytest tests/e2e
 
 lint: $(STAMP)            ## style, types and layers
 	$(BIN)/ruff check .

@@ -1,13 +1,16 @@
 """The `titleshot` command: what people type. Heavy libraries are imported by the command that needs them."""
 
 import dataclasses
+import getpass
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import httpx
 from cyclopts import App, CycloptsError, Parameter
@@ -19,13 +22,14 @@ from deployments.target import TargetError
 from tasks import settings as settings_of
 from tasks.settings import Mistake
 
-FINE, ERROR, WRONG_USE, REFUSED = 0, 1, 2, 3
+FINE, ERROR, WRONG_USE, REFUSED, WAITING = 0, 1, 2, 3, 4
 STYLES = {
     "promoted": "green",
     "rejected": "red",
     "rolled back": "red",
     "degraded": "bold magenta",
     "running": "yellow",
+    "awaiting approval": "yellow",
     "RUNNING": "green",
 }
 
@@ -33,8 +37,8 @@ app = App(
     name="titleshot",
     help="A challenger model takes the champion's place in production, with no failed request on the way "
     "and the way back always open.",
-    help_epilogue="Exit codes: 0 promoted or fine, 3 the challenger was rejected or rolled back, 1 an error, "
-    "2 wrong use, 130 interrupted.\n\nState lives in TITLESHOT_HOME (default .titleshot/).",
+    help_epilogue="Exit codes: 0 promoted or fine, 3 the challenger was rejected or rolled back, 4 it waits for "
+    "people, 1 an error, 2 wrong use, 130 interrupted.\n\nState lives in TITLESHOT_HOME (default .titleshot/).",
     help_format="plaintext",
     version=lambda: version("titleshot"),
     version_flags=["--version"],
@@ -49,13 +53,20 @@ Many = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 
 
 @app.command
-def up(*, mlflow_port: int | None = None, prefect_port: int | None = None, restart: Flag = False) -> int:
+def up(
+    *,
+    mlflow_port: int | None = None,
+    prefect_port: int | None = None,
+    receiver_port: int | None = None,
+    restart: Flag = False,
+) -> int:
     """Start the local stack: MLflow, Prefect, the gateway, and the champions as they served before.
 
     Args:
         restart: Where it is up, start the gateway's processes anew, one after the other; no request is lost.
         mlflow_port: Port for MLflow's server and UI; a free one is chosen otherwise, and kept.
         prefect_port: Port for Prefect's server and UI; a free one is chosen otherwise, and kept.
+        receiver_port: Port for the receiver of MLflow's webhooks; a free one is chosen otherwise, and kept.
     """
     from tasks import stack
 
@@ -65,7 +76,7 @@ def up(*, mlflow_port: int | None = None, prefect_port: int | None = None, resta
         stack.settings_target(settings).restart_gateway()
         _print_status(_status())
         return FINE
-    stack.up(settings, {"mlflow": mlflow_port, "prefect": prefect_port}, _say)
+    stack.up(settings, {"mlflow": mlflow_port, "prefect": prefect_port, "receiver": receiver_port}, _say)
     _print_status(_status())
     return FINE
 
@@ -113,43 +124,122 @@ def promote(
     model: str,
     /,
     *,
-    policy: Path,
+    policy: Path | None = None,
     version: str | None = None,
+    by: str | None = None,
     again: Flag = False,
     anew: Flag = False,
+    wait: Flag = False,
+    request: Flag = False,
+    timeout: Annotated[str | None, Parameter(show_default=False)] = None,
     json_: Json = False,
 ) -> int:
     """Take a challenger through the gates of a policy, to the champion's place or back.
 
     Args:
         model: Name of the registered model.
-        policy: The policy file.
+        policy: The policy file; the model's own in the policy folder otherwise.
         version: Version number; the version with the alias `challenger` otherwise.
+        by: Who asks for it; your user name otherwise. With four eyes, somebody else must approve.
         again: Admit a version that was rejected before, unchanged.
         anew: Forget what was observed of this very artifact before; it goes on counting otherwise.
+        wait: Let the worker do it, and wait for the outcome: for CI.
+        request: Let the worker do it, and wait for nothing.
+        timeout: With --wait: how long at most, like 2h; exit code 4 where people have not decided by then.
     """
     settings = settings_of.load()
     settings.connect()
+    asked: dict[str, Any] = {
+        "model": model,
+        "policy": None if policy is None else str(policy.resolve()),
+        "version": version,
+        "requester": by or getpass.getuser(),
+        "again": again,
+        "anew": anew,
+    }
+    if wait or request:
+        return _request(settings, asked, wait=wait, timeout=timeout, json_=json_)
+    if timeout is not None:
+        raise Mistake("--timeout is for --wait: a promotion in this terminal takes its time", code=WRONG_USE)
     from flows.promote import promote as flow
     from tasks.progress import listening
 
     begun = time.time()
     with listening(_say):
         try:
-            result = flow(model=model, policy=str(policy.resolve()), version=version, again=again, anew=anew)
+            result = flow(**asked)
         except httpx.TransportError as error:
             result = _ended(settings, model, begun, error)
     if json_:
         _json(result)
     else:
-        style = STYLES.get(result["phase"], "")
-        out.print(f"{model} v{result['challenger']}: [{style}]{result['phase']}[/] at {result['step']}")
-        out.print(f"  {escape(result['why'])}")
-        out.print(f"  titleshot explain {result['promotion']}")
+        _print_outcome(result)
+    return _code(result)
+
+
+def _request(
+    settings: settings_of.Settings, asked: dict[str, Any], *, wait: bool, timeout: str | None, json_: bool
+) -> int:
+    from tasks import flowruns
+    from tasks import request as asking
+
+    seconds = None if timeout is None else _seconds(timeout)
+    # A policy's path would be this machine's: where it is not this home's worker that reads it, its folder has its own.
+    run = asking.ask(settings, asked)
+    page = flowruns.page(settings, run.id)
+    _say(f"asked for: {page}")
+    if not wait:
+        _json({"flow_run": run.id, "page": page}) if json_ else out.print(run.id)
+        return FINE
+    entry, run = asking.outcome(settings, run, seconds, _say)
+    from flows.drive import outcome
+    from tasks import history
+
+    if entry is None:
+        why = run.message or run.state
+        if run.type == "COMPLETED":
+            _json({"phase": run.state, "why": why, "page": page}) if json_ else out.print(escape(f"{run.state}: {why}"))
+            return FINE
+        if run.over:
+            raise Mistake(f"nothing was promoted: {why} (its log is at {page})")
+        raise Mistake(f"it did not begin within {timeout}, and is still asked for: {page}")
+    result = {**outcome(history.stored(entry.run_id)), "page": page}
+    if json_:
+        _json(result)
+    else:
+        _print_outcome(result)
+    return _code(result)
+
+
+def _seconds(text: str) -> float:
+    from pydantic import TypeAdapter, ValidationError
+
+    from validations.units import Duration
+
+    try:
+        return float(TypeAdapter(Duration).validate_python(text).total_seconds())
+    except ValidationError as error:
+        raise Mistake(f"--timeout {text}: a time is written like 30s, 10m or 2h", code=WRONG_USE) from error
+
+
+def _code(result: dict[str, Any]) -> int:
+    """The exit code that says how a promotion ended, or that it has not."""
     if result["phase"] == "promoted":
         return FINE
+    if result["phase"] in ("awaiting approval", "running", "rolling back"):
+        return WAITING
     # The platform's errors are not the challenger's: a caller that waits must tell them apart.
     return ERROR if result["phase"] == "degraded" or result["outcome"] == "errored" else REFUSED
+
+
+def _print_outcome(result: dict[str, Any]) -> None:
+    style = STYLES.get(result["phase"], "")
+    at = f" at {result['step']}" if result["step"] else ""
+    out.print(f"{result['model']} v{result['challenger']}: [{style}]{result['phase']}[/]{at}")
+    out.print(f"  {escape(result['why'])}")
+    if result["phase"] == "awaiting approval":
+        out.print(f"  {escape(result.get('page', ''))}")
+    out.print(f"  titleshot explain {result['promotion']}")
 
 
 @app.command
@@ -203,6 +293,29 @@ def replay(promotion: str, /, *, policy: Path | None = None, days: int = 365, js
     else:
         _print_replay(found, other=policy is not None)
     return ERROR if any(one.changed for one in found) else FINE
+
+
+@app.command
+def probe(model: str | None = None, /, *, requests: int = 5, slow_ms: float | None = None, json_: Json = False) -> int:
+    """Ask every deployed version, through the gateway, its stored example; say who does not answer, or is slow.
+
+    Args:
+        model: Name of the registered model; all that are served otherwise.
+        requests: How many requests each version gets, one after the other.
+        slow_ms: A median above this many milliseconds is a problem; nothing is too slow otherwise.
+    """
+    settings = settings_of.load()
+    from tasks import probe as asking
+    from tasks.stack import settings_target
+
+    target = settings_target(settings)
+    _refuse_down(settings, target.supervisor.up())
+    found = asking.as_dict(asking.probe(settings, target, model, requests=requests, slow_ms=slow_ms))
+    if json_:
+        _json(found)
+    else:
+        _print_probe(found)
+    return ERROR if found["problems"] else FINE
 
 
 @app.command
@@ -273,6 +386,8 @@ def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> 
 def recover(model: str | None = None, /, *, json_: Json = False) -> int:
     """Bring promotions to their end that their process left behind: forward or back, by the journal.
 
+    Traffic follows an alias champion that was moved by hand in MLflow where the model's policy says `follow_alias`.
+
     Args:
         model: Name of the registered model; all of them otherwise.
     """
@@ -286,9 +401,13 @@ def recover(model: str | None = None, /, *, json_: Json = False) -> int:
     if model is not None and model not in target.models():
         raise Mistake(f"{model} is not served here: `titleshot status` lists what is", code=WRONG_USE)
     with listening(_say):
+        from flows.recover import follow
         from flows.recover import recover as bring
 
-        done = [bring(settings, name, settings.lease_seconds + 5) for name in ([model] if model else target.models())]
+        done = [
+            bring(settings, name, settings.lease_seconds + 5) or follow(settings, name)
+            for name in ([model] if model else target.models())
+        ]
     ended = [one for one in done if one is not None]
     if json_:
         _json(ended)
@@ -324,6 +443,31 @@ def watch(*, every: float | None = None) -> int:
         found = run()
     if not found["recovered"] and not found["problems"]:
         out.print("all is well")
+    return ERROR if found["problems"] else FINE
+
+
+@app.command
+def due(*, json_: Json = False) -> int:
+    """Show which challengers start by themselves now, which do not, and why; nothing is started by it."""
+    settings = settings_of.load()
+    settings.connect(needed=("MLflow",))
+    from tasks import triggers
+    from tasks.stack import settings_target
+
+    found = triggers.preview(settings, settings_target(settings))
+    if json_:
+        _json(found)
+        return ERROR if found["problems"] else FINE
+    does = {"ask": "[green]starts[/]", "wait": "[yellow]waits[/]", "leave": "[dim]left alone[/]"}
+    for one in found["due"]:
+        out.print(f"[bold]{escape(one['model'])} v{one['version']}[/] {does[one['does']]}: {escape(one['why'])}")
+    for one in found["skipped"]:
+        name = one["model"] + (f" v{one['version']}" if one["version"] else "")
+        out.print(f"[bold]{escape(name)}[/] [dim]is not due[/]: {escape(one['why'])}")
+    for problem in found["problems"]:
+        out.print(f"[red]{escape(problem)}[/]")
+    if not any(found.values()):
+        out.print(f"there is no policy in {escape(str(settings.policy_folder))}: nothing starts by itself")
     return ERROR if found["problems"] else FINE
 
 
@@ -415,6 +559,56 @@ def route(
     return FINE
 
 
+webhook = App(name="webhook", help="MLflow's webhook, by which registry events start promotions.")
+app.command(webhook)
+
+
+@webhook.command(name="install")
+def webhook_install(*, url: str | None = None, json_: Json = False) -> int:
+    """Register the webhook in MLflow, or mend it, and see a delivery arrive.
+
+    Args:
+        url: Where MLflow reaches the receiver; the receiver's address on this machine otherwise.
+    """
+    settings = settings_of.load()
+    settings.connect(needed=("MLflow",))
+    from tasks import webhooks
+
+    found = webhooks.install(settings, url)
+    if json_:
+        _json(dataclasses.asdict(found))
+        return FINE
+    if found.before is not None:
+        _say(f"it pointed at {found.before} before")
+    out.print(f"MLflow at {settings.mlflow} tells {escape(found.url)} of: {', '.join(found.events)}")
+    out.print("a test delivery has arrived, rightly signed")
+    return FINE
+
+
+@webhook.command(name="status")
+def webhook_status(*, json_: Json = False) -> int:
+    """Show the webhook as MLflow has it, and what the receiver has counted since it started."""
+    settings = settings_of.load()
+    settings.connect(needed=("MLflow",))
+    from tasks import webhooks
+
+    counts, found = webhooks.counts(settings), webhooks.look(settings)
+    if json_:
+        _json({"webhook": None if found is None else dataclasses.asdict(found), "receiver": counts})
+    else:
+        if found is None:
+            out.print("[red]MLflow has no webhook of ours[/]: `titleshot webhook install`")
+        else:
+            out.print(f"webhook   {escape(found.url)}  {found.status}  {', '.join(found.events)}")
+        out.print(f"receiver  {webhooks.address(settings)}/mlflow  since {counts['since']}")
+        for what in ("taken", "known", "nothing"):
+            out.print(f"  {what:<8} {counts[what]}")
+        for what in ("refused", "again"):
+            for why, times in counts[what].items():
+                out.print(f"  {what:<8} {times}  {escape(why)}")
+    return FINE if found is not None and found.status == "ACTIVE" else ERROR
+
+
 def _refuse_down(settings: settings_of.Settings, up: bool) -> None:  # noqa: FBT001
     if not up:
         raise Mistake(f"nothing is up in {settings.home}: start it with `titleshot up`")
@@ -459,6 +653,11 @@ def explain(promotion: str, /, *, json_: Json = False) -> int:
     from tasks import report
 
     entry = record.entry(promotion)
+    if entry.kind == "by hand":
+        _json(dataclasses.asdict(entry)) if json_ else out.print(
+            f"{entry.id}: v{entry.challenger} took the place of v{entry.champion}: {entry.why}"
+        )
+        return FINE
     if entry.kind == "rollback":
         _json(dataclasses.asdict(entry)) if json_ else out.print(
             f"{entry.id}: v{entry.challenger} took the place of v{entry.champion} again: {entry.why}"
@@ -516,6 +715,292 @@ def suite(model: str, /, *, to: Path = Path("suite.json"), version: str | None =
     count = write_suite(registry.find(model, number), settings.home, to, log=log)
     out.print(f"{to}: {count} expectations from the features that {model} v{number} was trained on")
     return FINE
+
+
+approver = App(
+    name="approver", help="Who may approve promotions, and what they prove themselves with.", help_format="plaintext"
+)
+app.command(approver)
+
+
+@approver.command
+def add(
+    name: str, /, *, key: Path | None = None, public: Path | None = None, anew: Flag = False, json_: Json = False
+) -> int:
+    """Enrol an approver: a QR code for the authenticator of their phone, or a key.
+
+    Args:
+        name: As policies name them.
+        key: Instead of one-time codes: make a key and write its private half to this file, which must not exist.
+        public: Instead of one-time codes: enrol the key whose public half is in this file (PEM, or OpenSSH's ed25519).
+        anew: Replace what they have, where a phone or a key is lost.
+    """
+    from tasks import approvers
+
+    home, now = settings_of.load().home, datetime.now(UTC)
+    if key is not None and public is not None:
+        raise Mistake("--key makes a key and --public takes one: give one of them", code=WRONG_USE)
+    if public is not None:
+        approvers.enrol_public(home, name, _text(public), now, anew=anew)
+    elif key is not None:
+        _new_file(key, lambda: approvers.enrol_key(home, name, now, anew=anew))
+    else:
+        uri = approvers.enrol(home, name, now, anew=anew)
+        if json_:
+            _json({"name": name, "uri": uri})
+        else:
+            _print_uri(name, uri, approvers.secret_of(uri))
+        return FINE
+    (found,) = [one for one in approvers.enrolled(home) if one.name == name]
+    if json_:
+        _json(dataclasses.asdict(found))
+        return FINE
+    out.print(f"{escape(name)} is enrolled with the key {found.key}")
+    if key is not None:
+        out.print(f"{escape(str(key))} is its private half: it is kept nowhere else, and for {escape(name)} alone")
+    return FINE
+
+
+@approver.command(name="list")
+def list_(*, json_: Json = False) -> int:
+    """List who is enrolled, and what they prove themselves with."""
+    from tasks import approvers
+
+    found = approvers.enrolled(settings_of.load().home)
+    if json_:
+        _json([dataclasses.asdict(one) for one in found])
+        return FINE
+    if not found:
+        out.print("nobody is enrolled: `titleshot approver add NAME`")
+        return FINE
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("approver", "one-time codes", "key", "since"):
+        table.add_column(column)
+    for one in found:
+        table.add_row(escape(one.name), "yes" if one.code else "no", one.key or "no", f"{one.since:%Y-%m-%d %H:%M} UTC")
+    out.print(table)
+    return FINE
+
+
+@approver.command
+def remove(name: str, /) -> int:
+    """Forget an approver: their codes and tokens are worth nothing any more.
+
+    Args:
+        name: As `titleshot approver list` has it.
+    """
+    from tasks import approvers
+
+    approvers.remove(settings_of.load().home, name)
+    out.print(f"{escape(name)} is not enrolled any more; policies that name them still do")
+    return FINE
+
+
+@app.command
+def approve(
+    promotion: str | None = None,
+    /,
+    *,
+    by: str | None = None,
+    code: str | None = None,
+    key: Path | None = None,
+    reject: Flag = False,
+    comment: str = "",
+    token_only: Flag = False,
+    json_: Json = False,
+) -> int:
+    """Say yes or no to a promotion that waits for people; without --by, list what waits.
+
+    Args:
+        promotion: Its name; where only one waits, that one.
+        by: Your name, as the policy has it.
+        code: Your one-time code.
+        key: The file with your private key, which signs what you say instead.
+        reject: Say no.
+        comment: Kept in the history.
+        token_only: Do not hand it in: print the token, for the form's field `code`.
+    """
+    settings = settings_of.load()
+    _refuse_unsaid(by, code, key, any_=reject or bool(comment) or token_only)
+    if token_only and key is None:
+        raise Mistake("--token-only prints a token, which a key signs: --key FILE", code=WRONG_USE)
+    if len(comment) > 2000:
+        raise Mistake("the comment is longer than 2,000 characters", code=WRONG_USE)
+    signer = None if key is None else _text(key)
+    from tasks.approve import pending
+
+    waiting = [one for one in pending(settings) if promotion in (None, one.subject.promotion)]
+    if promotion is not None and not waiting:
+        raise Mistake(f"{promotion} does not wait for anybody: `titleshot approve` lists what does")
+    if by is None:
+        _print_waiting(settings, waiting, json_=json_)
+        return FINE
+    asked = _the_one(waiting)
+    from tasks import approvers, flowruns
+
+    decision: Literal["approve", "reject"] = "reject" if reject else "approve"
+    if signer is not None:
+        code = approvers.sign(signer, by, asked, decision, comment, datetime.now(UTC))
+    form = {"decision": decision, "approver": by, "code": code or "", "comment": comment}
+    if token_only:
+        if json_:
+            _json(form)
+        else:
+            sys.stdout.write(form["code"] + "\n")
+            rest = f", comment: {comment}" if comment else ", no comment"
+            _say(f"for the form, within 10 minutes, with decision: {decision}, approver: {by}{rest}")
+        return FINE
+    _hand_in(settings, asked, form)
+    page = flowruns.page(settings, asked.flow_run)
+    if json_:
+        _json({"promotion": asked.subject.promotion, "decision": decision, "by": by, "page": page})
+        return FINE
+    what = f"{escape(asked.subject.promotion)} ({asked.subject.digest[:19]})"
+    out.print(f"handed in: {escape(by)} says [bold]{decision}[/] to {what}")
+    out.print("  It is not accepted yet: the promotion looks at it when its run goes on. What became of it:")
+    out.print(f"  {page}")
+    out.print(f"  titleshot explain {escape(asked.subject.promotion)}")
+    return FINE
+
+
+def _refuse_unsaid(by: str | None, code: str | None, key: Path | None, *, any_: bool) -> None:
+    if by is None and (any_ or code is not None or key is not None):
+        raise Mistake("say who you are: --by NAME", code=WRONG_USE)
+    if by is not None and (code is None) == (key is None):
+        raise Mistake("prove who you are: --code CODE, or --key FILE, and one of them", code=WRONG_USE)
+
+
+def _the_one(waiting: list[Any]) -> Any:
+    """What waits, where that is one, and still does."""
+    if not waiting:
+        raise Mistake("no promotion waits for anybody")
+    if len(waiting) > 1:
+        which = ", ".join(one.subject.promotion for one in waiting)
+        raise Mistake(f"{len(waiting)} promotions wait, name one: {which}", code=WRONG_USE)
+    if datetime.now(UTC) >= waiting[0].until:
+        promotion, until = waiting[0].subject.promotion, waiting[0].until
+        raise Mistake(f"{promotion} could be approved until {until:%Y-%m-%d %H:%M} UTC")
+    return waiting[0]
+
+
+def _hand_in(settings: settings_of.Settings, asked: Any, form: dict[str, str]) -> None:
+    from tasks import flowruns
+
+    if not asked.flow_run:
+        raise Mistake(f"{asked.subject.promotion} has no flow run that could take a form: look at `titleshot watch`")
+    until = time.monotonic() + 30
+    while True:
+        try:
+            return flowruns.resume(settings, asked.flow_run, form)
+        except flowruns.Unanswered as error:
+            raise Mistake(f"{error}: check TITLESHOT_PREFECT_API_URL") from error
+        except Mistake as mistake:
+            # It is written down that people are asked before the run is suspended, and its form comes after that.
+            found = flowruns.find(settings, asked.flow_run)
+            early = found is not None and (found.type in ("RUNNING", "PENDING") or "schema not found" in str(mistake))
+            if not early or time.monotonic() > until:
+                state = f"; its run is {found.state}" if found else "; its run is gone"
+                raise Mistake(f"{asked.subject.promotion}: {mistake}{state}") from mistake
+        time.sleep(0.5)
+
+
+def _print_waiting(settings: settings_of.Settings, waiting: list[Any], *, json_: bool) -> None:
+    from tasks import flowruns
+
+    rows = [
+        {
+            "promotion": one.subject.promotion,
+            "model": one.subject.promotion.rpartition("-v")[0],
+            "step": one.subject.step,
+            "round": one.round,
+            "requester": one.requester,
+            "until": f"{one.until:%Y-%m-%d %H:%M} UTC",
+            "subject": one.subject.digest,
+            "page": flowruns.page(settings, one.flow_run) if one.flow_run else "",
+        }
+        for one in waiting
+    ]
+    if json_:
+        _json(rows)
+        return
+    for row in rows:
+        out.print(
+            f"[bold]{escape(str(row['promotion']))}[/]  {escape(str(row['model']))}: asked for by "
+            f"{escape(str(row['requester'] or 'nobody by name'))}, until {row['until']}"
+        )
+        out.print(f"  bound to {str(row['subject'])[:19]}  {row['page']}")
+    if not rows:
+        out.print("no promotion waits for anybody")
+
+
+def _print_uri(name: str, uri: str, secret: str) -> None:
+    import io
+
+    import segno
+
+    code = segno.make(uri, error="l", micro=False)
+    if out.width >= code.symbol_size()[0]:
+        drawn = io.StringIO()
+        code.terminal(drawn, compact=True)
+        for line in drawn.getvalue().splitlines():
+            # Colours of its own: an inverted code, as a light terminal would show it, not every phone reads.
+            out.print(line, style="#ffffff on #000000", markup=False)
+    out.print(f"{escape(name)} is enrolled. Scan this with an authenticator, or type there:")
+    groups = " ".join(secret[at : at + 4] for at in range(0, len(secret), 4))
+    out.print(f"  secret   [bold]{groups}[/]")
+    out.print(f"  account  Titleshot:{escape(name)} (by time, 6 digits, 30 seconds)")
+    out.print("It is not shown again. Who sees it can approve in this name.")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise Mistake(f"{path} cannot be read: {why}", code=WRONG_USE) from error
+
+
+def _new_file(path: Path, make: Callable[[], str]) -> None:
+    """Write what `make` makes to a file that must not exist, for the owner only; where it fails there is none."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError as error:
+        raise Mistake(f"{path} exists, and is not overwritten: name another file", code=WRONG_USE) from error
+    except OSError as error:
+        raise Mistake(f"{path} cannot be written: {error.strerror}", code=WRONG_USE) from error
+    with os.fdopen(descriptor, "w") as stream:
+        try:
+            stream.write(make())
+        except BaseException:
+            path.unlink()
+            raise
+
+
+notify = App(name="notify", help="Who is told what happens: TITLESHOT_NOTICES names a configuration file of Apprise's.")
+app.command(notify)
+
+
+@notify.command(name="test")
+def notify_test(*, json_: Json = False) -> int:
+    """Send one notice of each severity to whom it concerns, and say where it arrived."""
+    from tasks import notify as notices
+
+    settings = settings_of.load()
+    if settings.notices is None:
+        raise Mistake("TITLESHOT_NOTICES is not set: name a file of Apprise URLs there", code=WRONG_USE)
+    wrong, found = notices.examine(settings), notices.test(settings)
+    if json_:
+        sent = {severity: [dataclasses.asdict(one) for one in done] for severity, done in found.items()}
+        _json({"problem": wrong, "sent": sent})
+    else:
+        for severity, done in found.items():
+            out.print(f"[bold]{severity}[/]{'' if done else ': no URL wants it'}")
+            for one in done:
+                mark = "[green]arrived[/]" if one.arrived else "[red]failed [/]"
+                out.print(f"  {mark} {escape(one.masked)}  [dim]{escape(one.why)}[/]")
+        if wrong:
+            out.print(f"[red]{escape(wrong)}[/]")
+    return ERROR if wrong or not all(one.arrived for done in found.values() for one in done) else FINE
 
 
 @app.command
@@ -656,6 +1141,25 @@ def _print_replay(found: list[Any], *, other: bool) -> None:
             out.print(f"    {escape(last.why)}")
     if other and len(found) > 1:
         out.print(f"{sum(one.otherwise for one in found)} of {len(found)} promotions would have ended otherwise")
+
+
+def _print_probe(found: dict[str, Any]) -> None:
+    table = Table(box=None, header_style="dim")
+    for column in ("model", "version", "role", "answered", "median", "slowest"):
+        table.add_column(column)
+    for model in found["models"]:
+        for one in model["versions"]:
+            times = ("-" if one[key] is None else f"{one[key]:.0f} ms" for key in ("median_ms", "slowest_ms"))
+            table.add_row(
+                escape(model["model"]),
+                f"v{one['version']}",
+                one["role"],
+                f"{one['sent'] - one['failed']} of {one['sent']}",
+                *times,
+            )
+    out.print(table)
+    for problem in found["problems"]:
+        out.print(f"[red]{escape(problem)}[/]")
 
 
 def _print_demo(result: dict[str, Any]) -> None:

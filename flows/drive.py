@@ -10,14 +10,17 @@ from typing import Any, cast
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
+from prefect.exceptions import Pause
 
 from deployments.target import StaleFence, TargetError, TargetUnavailable
-from tasks import custom, history, load, pool, registry, report, serving, validate
+from flows.approval import Waits, approval, hold, let_go
+from tasks import custom, history, hook, load, notify, pool, registry, report, serving, validate
 from tasks.agreement import Unrecorded, patiently, without
 from tasks.context import Context, Judged, Seen
-from tasks.journal import Open
+from tasks.journal import Open, opened
 from tasks.progress import say
 from tasks.settings import Mistake
+from tasks.waiting import REPEATABLE
 from validations.policy import ROLLBACK, Policy, Step
 from validations.promotion import Promotion, drive
 from validations.verdict import Artifact, Evidence, Measurement, Outcome, Verdict, judge
@@ -66,26 +69,38 @@ def carry(
     tags: Mapping[str, str],
     left: Open | None = None,
     ended: str = "",
+    requester: str = "",
+    *,
+    resuming: bool = False,
 ) -> Promotion:
-    """Take a promotion to its end and close it. `text` is its policy as written, `tags` what links to it.
+    """Take a promotion to its end and close it. `text` is its policy as written, `tags` what links to it, `requester`
+    who asked for it.
 
     `left` is what the journal has of one that another process began: where its next step could be done twice, or where
-    `ended` gives a reason, that step is ERRORED and the way goes back; else it goes on. Raises `Unrecorded` where
-    traffic is as it should be and MLflow could not be told, and `StaleFence` where another process has taken over:
-    then nothing was changed any more.
+    `ended` gives a reason, that step is ERRORED and the way goes back; else it goes on. Where it is `resuming` a step
+    that touches nothing live is performed again. Raises `Waits` where it cannot go on now, `Unrecorded` where traffic
+    is as it should be and MLflow could not be told, and `StaleFence` where another process has taken over: then nothing
+    was changed any more.
     """
     pen = _Pen(context, text, tags)
     if left is None:
-        context.journal.begin(promotion, text, context.previous, tags, context.blamed)
+        journal, base = context.journal, str(context.base)
+        journal.begin(promotion, text, context.previous, tags, context.blamed, base, requester)
     try:
         if left is None:
             pen.tell(promotion)
             _name_challenger(context)
-        elif stopped := _stops(context, promotion, left, ended):
+            _announce(context, promotion, "started")
+        elif stopped := _stops(context, promotion, left, ended, resuming=resuming):
             promotion = promotion.record(stopped)
             pen.save(promotion)
         promotion = drive(promotion, pen.act, pen.save)
-    except (StaleFence, Unrecorded):
+    except (StaleFence, Unrecorded, Waits):
+        raise
+    except Pause:
+        # Someone pressed Pause: the next step has not begun, and the champion has everything until someone resumes.
+        _give_back(context)
+        context.journal.hold(None, "paused in the Prefect UI")
         raise
     except BaseException:
         # A bug, or someone ended this process: what can be done in a moment is to give all traffic back.
@@ -96,9 +111,20 @@ def carry(
         raise
     ended_as = f"{promotion.id} is {promotion.phase.value}, and traffic is as it should be"
     patiently(lambda: pen.tell(promotion), ended_as)
+    asks = opened(context.target, context.model)
     patiently(lambda: _close(context, promotion, pen.record), ended_as)
     say(f"{promotion.id}: {promotion.phase.value}")
+    _announce(context, promotion, cast("notify.Kind", promotion.phase.value))
+    if asks is not None:
+        let_go(context.settings, asks, promotion.phase.value)
     return promotion
+
+
+def _announce(context: Context, promotion: Promotion, kind: notify.Kind) -> None:
+    """Tell whom it concerns; no promotion fails by it."""
+    with suppress(Exception):
+        page = history.page(history.entry(promotion.id), context.settings.mlflow_page)
+        notify.tell(context.settings, notify.of(kind, promotion, page))
 
 
 def _name_challenger(context: Context) -> None:
@@ -107,22 +133,33 @@ def _name_challenger(context: Context) -> None:
     registry.move(context.model, registry.CHALLENGER, context.challenger.number, of=(named,), guard=context.guard())
 
 
-def _stops(context: Context, promotion: Promotion, left: Open, ended: str) -> Verdict | None:
+def _stops(context: Context, promotion: Promotion, left: Open, ended: str, *, resuming: bool) -> Verdict | None:
     """The verdict that stops a promotion which its process left behind; None where it goes on.
 
-    Once all traffic is with the challenger the way goes forward: registry and watch follow. Before that it goes back.
+    Once all traffic is with the challenger the way goes forward: registry and watch follow. What waited goes on where
+    it stood, and where it is `resuming` so does what touches nothing live. Else it goes back.
     """
     step = promotion.next_step()
     if step is None or step == ROLLBACK:
         return None
     if not ended:
+        if step.kind == "approval" or left.held or (resuming and step.kind in REPEATABLE):
+            return None
+        last = promotion.verdicts[-1].step if promotion.verdicts else ""
+        if resuming and left.doing is None and last in _approvals(promotion):
+            return None  # people have just decided, and nothing was begun since
         traffic = context.target.traffic(context.model)
         ahead = traffic is not None and traffic.champion == context.challenger.number
-        if step.kind == "watch" or (step.kind == "promote" and ahead):
+        not_begun = step.kind == "hook" and left.doing != step.name
+        if step.kind == "watch" or (ahead and (step.kind == "promote" or not_begun)):
             return None
         when = f"while it performed `{left.doing}`" if left.doing == step.name else f"before `{step.name}` began"
         ended = f"the process that ran this promotion ended {when}"
     return _errored(promotion, step, ended)
+
+
+def _approvals(promotion: Promotion) -> set[str]:
+    return {step.name for step in promotion.plan if step.kind == "approval"}
 
 
 def _errored(promotion: Promotion, step: Step, note: str) -> Verdict:
@@ -154,10 +191,15 @@ def perform(context: Context, promotion: Promotion, step: Step) -> Verdict:
         return judge(step.name, bounds, Evidence(measurements=dict(measured)), min_sample).outcome
 
     try:
-        seen = _perform(context, promotion.policy, step, outcome_of)
+        hold(context, promotion, step)
+        seen = (
+            approval(context, promotion, step)
+            if step.kind == "approval"
+            else _perform(context, promotion.policy, step, outcome_of)
+        )
         artifacts = _keep(context, seen, step)
-    except StaleFence:
-        raise  # it is another process's promotion by now: there is nothing for us to judge
+    except (StaleFence, Waits):
+        raise  # it is another process's promotion by now, or waits: there is nothing for us to judge
     except Exception as error:
         if isinstance(error, Unrecorded) and step == ROLLBACK:
             raise  # not over yet: whoever recovers it performs it again
@@ -176,6 +218,7 @@ def _perform(context: Context, policy: Policy, step: Step, judged: Judged) -> Se
         "features": (validate.features, gate),
         "quality": (validate.quality, gate),
         "custom": (custom.custom, gate),
+        "hook": (hook.hook, gate),
         "deploy": (serving.deploy,),
         "shadow": (serving.shadow, gate, judged),
         "load": (load.load, gate),

@@ -1,26 +1,58 @@
-"""One promotion: what it begins with, and its way through the gates."""
+"""One promotion: what it begins with, and its way through the gates, in as many processes as it takes."""
 
 import secrets
+import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
+from prefect.states import Completed
+from pydantic import BeforeValidator
 
-from flows import recover
+from deployments.target import LeaseHeld, ServingTarget
+from flows import approval, prepare, recover
+from flows.approval import Awaiting, Given, Held
 from flows.drive import carry, flow_run_tags, outcome
-from tasks import history, pool, registry
-from tasks.agreement import leased
+from tasks import approve, history, pool, registry, triggers
+from tasks.agreement import leased, leased_soon
 from tasks.context import Contender, Context
-from tasks.policies import read_policy
+from tasks.journal import Open, opened
+from tasks.policies import policy_of, read_policy
 from tasks.progress import listening, say
 from tasks.settings import Mistake, Settings
 from tasks.settings import load as load_settings
 from tasks.stack import settings_target
-from validations.ledger import Ledger, weights
 from validations.policy import Policy
 from validations.promotion import Promotion
+
+Trigger = Literal["hand", "event", "poll", "schedule"]
+Text = Annotated[str, BeforeValidator(lambda given: "" if given is None else str(given))]
+"""A field that may be left empty: one text field in the Prefect UI, where an optional one makes tabs."""
+PATIENCE = 90.0
+"""Seconds that a run which nobody waits for gives MLflow to come back."""
+NOT_BEGUN = "Not begun"
+"""What a run came to that was started by itself and had nothing to do."""
+
+
+class Busy(Exception):
+    """Another promotion of this model is under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asks:
+    """What a run is asked for: the parameters of `promote`."""
+
+    model: str
+    policy: Path | None = None
+    version: str | None = None
+    requester: str = ""
+    again: bool = False
+    anew: bool = False
+    trigger: Trigger = "hand"
+    promotion: str | None = None
 
 
 def _run_name() -> str:
@@ -29,86 +61,276 @@ def _run_name() -> str:
     return f"promote {asked['model']}" + (f" v{version}" if version else "")
 
 
-@flow(name="promote", flow_run_name=_run_name, persist_result=False, retries=0)
+@flow(
+    name="promote",
+    flow_run_name=_run_name,
+    persist_result=False,
+    retries=0,
+    on_cancellation=[recover.soon],
+)
 def promote(
     model: str,
-    policy: str,
-    version: int | str | None = None,
+    policy: Text = "",
+    version: Text = "",
+    requester: Text = "",
     again: bool = False,  # noqa: FBT001, FBT002 - a form's field
     anew: bool = False,  # noqa: FBT001, FBT002
+    trigger: Trigger = "hand",
+    promotion: Text = "",
 ) -> dict[str, Any]:
     """Take a challenger of `model` through the gates of a policy, to the champion's place or back.
 
-    `policy` is the path of the policy file; `version` a version number, or the alias `challenger` where
-    it is left out; `again` admits a version that was rejected before, unchanged. What was observed of this very
-    artifact against this champion before goes on counting, unless it begins `anew`.
+    Where the policy asks for people the run is suspended: press Resume and fill in the form. A rejected challenger is a
+    completed run whose result says so; a failed run means that this program or its platform is broken, or that it was
+    asked for something it cannot do. A run that was ended goes on with its promotion when it is retried.
 
-    A rejected challenger is a completed run whose result says so; a failed run means that this program or
-    its platform is broken, or that it was asked for something it cannot do.
+    Args:
+        model: Name of the registered model.
+        policy: Path of the policy file, where the worker runs; the model's own in the policy folder otherwise.
+        version: Version number; the version with the alias challenger otherwise.
+        requester: Who asks for it: with four eyes, somebody else must approve.
+        again: Admit a version that was rejected before, unchanged.
+        anew: Forget what was observed of this very artifact before; it goes on counting otherwise.
+        trigger: What started it. Whatever is not started by hand does nothing for a version that was handled before.
+        promotion: Go on with this promotion, which waits; leave it empty.
     """
     logger = get_run_logger()
+    asks = Asks(
+        model,
+        Path(policy) if policy else None,
+        version or None,
+        requester,
+        again=again,
+        anew=anew,
+        trigger=trigger,
+        promotion=promotion or None,
+    )
     with listening(logger.info):
-        return run(model, Path(policy), None if version is None else str(version), again=again, anew=anew)
+        try:
+            result, name = run(asks), NOT_BEGUN
+        except Busy as busy:
+            result, name = _nothing(asks, str(busy)), triggers.LATER
+    if result["phase"] != NOT_BEGUN:
+        return result
+    # Prefect takes a state as well, and its data for the result.
+    return cast("dict[str, Any]", Completed(name=name, message=result["why"], data=result))
 
 
-def run(model: str, policy_file: Path, version: str | None, *, again: bool, anew: bool = False) -> dict[str, Any]:
-    """One promotion, inside a flow run. Returns the summary that `flows.drive.outcome` describes."""
+def run(asks: Asks) -> dict[str, Any]:
+    """One promotion, inside a flow run: from its beginning, or from where it waited or was left.
+
+    Returns the summary that `flows.drive.outcome` describes; of one that waits, `page` is where it goes on. Raises
+    `Busy` where it was not started by hand and another promotion of the model is under way.
+    """
     settings = load_settings()
-    settings.connect(needed=("MLflow",))
-    text, policy = _policy(policy_file, model)
+    _connect(settings, 0 if asks.trigger == "hand" and asks.promotion is None else PATIENCE)
     target = settings_target(settings)
-    registered = _challenger(model, version, registry.aliased(model, registry.CHAMPION))
+    mine = asks.promotion or _mine(target, asks.model)
+    given: Given | None = None
+    while True:
+        try:
+            if mine is None:
+                return _begin(settings, target, asks)
+            return _go_on(settings, target, asks.model, mine, given)
+        except Held as held:
+            page = approval.hand_over(settings, held, at=held.until)
+            say(f"{held.promotion.id}: {held}")
+            return {**outcome(held.promotion), "why": str(held), "page": page}
+        except Awaiting as waiting:
+            mine = waiting.promotion.id
+            if not approval.can_suspend():
+                page = approval.hand_over(settings, waiting)
+                say(f"{mine}: {waiting}: {page}")
+                return {**outcome(waiting.promotion), "why": str(waiting), "page": page}
+            given = approval.wait_for_form(settings, waiting)
+
+
+def _connect(settings: Settings, patience: float) -> None:
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return settings.connect(needed=("MLflow",))
+        except Mistake:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+def _mine(target: ServingTarget, model: str) -> str | None:
+    """The promotion that this flow run began when it ran before; None where it began none."""
+    me = approval.own_run()
+    if me is None:
+        return None
+    left = opened(target, model)
+    if left is not None and left.promotion is not None and left.flow_run == str(me):
+        return left.id
+    ended = history.of_flow_run(model, str(me))
+    return None if ended is None else ended.id
+
+
+def _begin(settings: Settings, target: ServingTarget, asks: Asks) -> dict[str, Any]:
+    model, by_itself = asks.model, asks.trigger != "hand"
+    policy_file, text, policy = _policy(settings, asks)
+    reigns = registry.aliased(model, registry.CHAMPION)
+    if by_itself and asks.version is not None and asks.version == reigns:
+        return _nothing(asks, f"v{reigns} is the champion already")
+    registered = _challenger(model, asks.version, reigns)
     identifier = f"{model}-v{registered.number}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    with leased(target, model, identifier) as fence:
-        recover.finish(settings, target, model, fence)
-        champion_number = registry.aliased(model, registry.CHAMPION)
-        # Another promotion may have ended since we looked.
-        registered = _challenger(model, registered.number, champion_number)
-        challenger = contender(registered, settings)
-        if not again:
-            _refuse_quarantined(challenger)
-        champion = None
-        if champion_number is not None:
-            champion = contender(registry.find(model, champion_number), settings, serving=True)
-        context = Context(
-            id=identifier,
-            model=model,
-            settings=settings,
-            target=target,
-            fence=fence,
-            base=policy_file.resolve().parent,
-            folder=settings.home / "promotions" / identifier,
-            champion=champion,
-            challenger=challenger,
-            previous=registry.aliased(model, registry.PREVIOUS),
-            blamed=frozenset(pool.blamed(model)),
-            policy=policy,
-            ledger=Ledger(weights(policy, first=champion is None)),
-            series={}
-            if anew
-            else history.observed(model, challenger.digest, champion_number, settings.home / "promotions"),
-        )
-        context.folder.mkdir(parents=True)
-        _settle(context)
-        context.began = target.observe(model)
-        promotion = Promotion(
-            id=identifier,
-            champion=champion_number,
-            challenger=registered.number,
-            digest=challenger.digest,
-            policy=policy,
-        )
-        say(f"{identifier}: {registered.name} asks for the place of {_title(context)}")
-        if context.series:
-            say(f"  what was observed of it before goes on counting: {', '.join(context.series)}")
-        return outcome(carry(context, promotion, text, flow_run_tags()))
+    try:
+        with leased(target, model, identifier) as fence:
+            recover.finish(settings, target, model, fence)
+            _refuse_busy(target, model)
+            champion = registry.aliased(model, registry.CHAMPION)
+            # Another promotion may have ended since we looked.
+            registered = _challenger(model, registered.number, champion)
+            challenger = prepare.contender(registered, settings)
+            if by_itself and (before := triggers.handled(model, challenger.number, challenger.digest, target)):
+                say(f"{registered.name}: {before}")
+                return _nothing(asks, before)
+            if not asks.again and (why := _quarantined(challenger)):
+                if by_itself:
+                    return _nothing(asks, why)
+                raise Mistake(f"{why}. Mend the model and register it anew, or insist with --again", code=3)
+            context = prepare.context(
+                settings,
+                target,
+                model,
+                fence,
+                identifier=identifier,
+                policy=policy,
+                base=policy_file.resolve().parent,
+                champion=champion,
+                challenger=challenger,
+                anew=asks.anew,
+            )
+            _settle(context)
+            context.began = target.observe(model)
+            promotion = Promotion(
+                id=identifier,
+                champion=champion,
+                challenger=registered.number,
+                digest=challenger.digest,
+                policy=policy,
+            )
+            say(f"{identifier}: {registered.name} asks for the place of {_title(context)}")
+            if context.series:
+                say(f"  what was observed of it before goes on counting: {', '.join(context.series)}")
+            requester = asks.requester or registry.requester(registered)
+            tags = {**flow_run_tags(), "requester": requester, "trigger": asks.trigger}
+            if asks.anew:
+                tags["anew"] = "true"
+            return outcome(carry(context, promotion, text, tags, requester=requester))
+    except (Busy, LeaseHeld) as busy:
+        if by_itself:
+            return _while_busy(target, asks, registered.number, busy)
+        if isinstance(busy, LeaseHeld):
+            raise
+        raise Mistake(str(busy), code=1) from busy
 
 
-def _policy(path: Path, model: str) -> tuple[str, Policy]:
-    text, policy = read_policy(path, model)
-    if any(gate.kind == "approval" for gate in policy.gates):
-        raise Mistake(f"{path.name}: approvals are not built yet; take the `approval` gate out of the policy", code=2)
-    return text, policy
+def _while_busy(target: ServingTarget, asks: Asks, number: str, busy: Exception) -> dict[str, Any]:
+    """What becomes of a run that started by itself while another promotion of the model is under way: nothing where it
+    is this version's own; else it raises `Busy`.
+    """
+    other = opened(target, asks.model)
+    if other is None or other.promotion is None or other.promotion.challenger != number:
+        raise Busy(str(busy)) from busy
+    return _nothing(asks, f"{other.id} is {other.promotion.phase.value}")
+
+
+def _go_on(
+    settings: Settings,
+    target: ServingTarget,
+    model: str,
+    name: str,
+    given: Given | None,
+) -> dict[str, Any]:
+    """Go on with the promotion `name`, with the form that was `given` where there is one."""
+    me = str(approval.own_run() or "")
+    with leased_soon(target, model, f"{name} goes on ({secrets.token_hex(2)})") as fence:
+        left = opened(target, model)
+        if left is None or left.id != name or left.promotion is None:
+            say(f"{name} has ended: nothing is done twice")
+            return _ended(name)
+        context = prepare.resumed(settings, target, model, fence, left)
+        if me and left.flow_run != me:
+            context.journal.taken_up(me)
+        if given is not None:
+            left = _take(context, left, given)
+        assert left.promotion is not None
+        ended = _changed(left, context)
+        say(f"{name} goes on")
+        return outcome(carry(context, left.promotion, left.policy_text, left.tags or {}, left, ended, resuming=True))
+
+
+def _take(context: Context, left: Open, given: Given) -> Open:
+    now, asked = left.promotion, given.asked
+    step = None if now is None else now.next_step()
+    if now is None or step is None or step.name != asked.subject.step or left.asked != asked:
+        return left  # it was decided otherwise while the form was filled in
+    form = None if given.form is None else given.form.model_dump(exclude_none=True)
+    ballot = approve.take(context, now, approve.gate_of(now, step), left, form, given.at)
+    told = f"{ballot.decision} by {ballot.approver}, proven by {ballot.how}" if ballot.accepted else ballot.reason
+    say(f"{left.id}: form {asked.round}: {told if ballot.accepted else f'refused: {told}'}")
+    again = opened(context.target, context.model)
+    assert again is not None
+    return again
+
+
+def _changed(left: Open, context: Context) -> str:
+    """Why a promotion cannot go on as it began: another version is champion now. Empty where it can."""
+    now = left.promotion
+    if now is None or (context.champion.number if context.champion else None) == now.champion:
+        return ""
+    return f"the champion changed from v{now.champion} to {_title(context)} while this promotion waited"
+
+
+def _ended(name: str) -> dict[str, Any]:
+    entry = history.entry(name)
+    promotion = history.stored(entry.run_id)
+    return outcome(promotion)
+
+
+def _refuse_busy(target: ServingTarget, model: str) -> None:
+    other = opened(target, model)
+    if other is None:
+        return
+    what = f"{other.id} is {other.promotion.phase.value}" if other.promotion else f"{other.id} is under way"
+    if other.held:
+        what = f"{other.id} waits: {other.held}"
+    raise Busy(f"{what}: decide that first (Resume its flow run in the Prefect UI, or cancel it)")
+
+
+def _nothing(asks: Asks, why: str) -> dict[str, Any]:
+    return {
+        "promotion": "",
+        "model": asks.model,
+        "champion": None,
+        "challenger": asks.version or "",
+        "phase": NOT_BEGUN,
+        "step": "",
+        "outcome": "",
+        "why": why,
+    }
+
+
+def _policy(settings: Settings, asks: Asks) -> tuple[Path, str, Policy]:
+    found = policy_of(settings, asks.model)
+    if asks.policy is not None:
+        if found is not None and approval.can_suspend() and asks.policy.resolve() != found[0].resolve():
+            # Who can ask Prefect for a run must not be able to choose a policy that asks nobody.
+            raise Mistake(
+                f"{asks.model} has a policy of its own, {found[0].name} in the policy folder: a worker takes no other",
+                code=2,
+            )
+        return asks.policy, *read_policy(asks.policy, asks.model)
+    if found is None:
+        raise Mistake(
+            f"no file in {settings.policy_folder} is the policy of {asks.model}: put it there, or name one with "
+            "--policy",
+            code=2,
+        )
+    return found
 
 
 def _challenger(model: str, version: str | None, champion: str | None) -> registry.Registered:
@@ -125,29 +347,10 @@ def _challenger(model: str, version: str | None, champion: str | None) -> regist
     return found
 
 
-def contender(registered: registry.Registered, settings: Settings, *, serving: bool = False) -> Contender:
-    """A version with its artifacts, their digest compared with the one recorded at its first admission.
-
-    Of one that is `serving` (or did) the copy on this disk will do. Raises `Mistake` for a version without
-    signature.
-    """
-    path, recorded, found = (registry.admitted if serving else registry.admit)(registered, settings.home)
-    if not registry.signature(path):
-        raise Mistake(
-            f"{registered.name} has no signature, so nothing can be compared: log the model with "
-            "`signature=mlflow.models.infer_signature(inputs, outputs)` and register it anew"
-        )
-    return Contender(registered, path, recorded, found)
-
-
-def _refuse_quarantined(challenger: Contender) -> None:
+def _quarantined(challenger: Contender) -> str:
+    """Why this artifact is refused; empty where it is not."""
     reason = registry.quarantined(challenger.registered.model, challenger.digest)
-    if reason:
-        raise Mistake(
-            f"{challenger.registered.name} is quarantined, its artifact unchanged: {reason}. "
-            "Mend the model and register it anew, or insist with --again",
-            code=3,
-        )
+    return f"{challenger.registered.name} is quarantined, its artifact unchanged: {reason}" if reason else ""
 
 
 def _settle(context: Context) -> None:

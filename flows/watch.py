@@ -4,10 +4,12 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
-from flows.recover import recover
+from deployments.target import TargetError
+from flows.recover import follow, recover
 from tasks.agreement import Unrecorded
 from tasks.lookout import Lookout
 from tasks.progress import listening, say
+from tasks.settings import Mistake
 from tasks.settings import load as load_settings
 from tasks.stack import settings_target
 
@@ -34,6 +36,13 @@ def run() -> dict[str, Any]:
             recovered.append(recover(settings, model, patience=0))
         except Unrecorded as error:
             problems.append(str(error))
-    for problem in problems:
-        say(problem)
+    for model in found.to_follow:
+        try:
+            recovered.append(follow(settings, model))
+        except Unrecorded as error:
+            problems.append(str(error))
+        except (Mistake, TargetError) as error:
+            problems.append(f"the alias champion of {model} was moved by hand and is not followed: {error}")
+    for line in (*found.news, *problems):
+        say(line)
     return {"recovered": [one for one in recovered if one], "problems": problems}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 
-from deployments.target import Fence, ServingTarget, StaleFence, TargetError, Traffic
+from deployments.target import Fence, LeaseHeld, ServingTarget, StaleFence, TargetError, Traffic
 from tasks import registry
 from tasks.context import Context, Seen
 from tasks.progress import say
@@ -41,6 +41,22 @@ def leased(target: ServingTarget, model: str, holder: str, *, take: bool = False
         thread.join()
         with suppress(TargetError):  # it lapses by itself
             target.release(fence)
+
+
+@contextmanager
+def leased_soon(target: ServingTarget, model: str, holder: str, patience: float = 60.0) -> Iterator[Fence]:
+    """As `leased`, for one that goes on: waits `patience` seconds for whoever holds the lease. Raises `LeaseHeld`."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            target.lease(model, holder)
+            break
+        except LeaseHeld:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+    with leased(target, model, holder) as fence:
+        yield fence
 
 
 def name_champion(context: Context, new: str, old: str | None, of: Collection[str | None]) -> None:

@@ -8,13 +8,13 @@ from prefect.cache_policies import NO_CACHE
 from deployments.target import TargetError
 from tasks import outside
 from tasks.context import Contender, Context, Seen
-from validations.gates import Custom
+from validations.gates import Custom, Outside
 
 
 @task(cache_policy=NO_CACHE)
 def custom(context: Context, gate: Custom) -> Seen:
     """Tell the gate's function, command or URL about this promotion, and take its measurements."""
-    told = about(context, gate)
+    told = about(context, gate) | {"confidence": gate.confidence}
     measured = outside.ask(gate, told, context.base)
     what = gate.function or gate.url or " ".join(gate.command)
     note = f"measured by {what}"
@@ -25,8 +25,10 @@ def custom(context: Context, gate: Custom) -> Seen:
     )
 
 
-def about(context: Context, gate: Custom) -> dict[str, Any]:
-    """What a custom gate is told: model, challenger, champion (None before the first), addresses, the gate's words."""
+def about(context: Context, gate: Outside) -> dict[str, Any]:
+    """What a custom gate or a hook is told: model, challenger, champion (None before the first), addresses, and the
+    gate's words.
+    """
     try:
         gateway = context.target.gateway(context.model)
     except TargetError:
@@ -36,7 +38,6 @@ def about(context: Context, gate: Custom) -> dict[str, Any]:
         "challenger": _side(context, context.challenger),
         "champion": None if context.champion is None else _side(context, context.champion),
         "settings": {"mlflow": context.settings.mlflow, "gateway": gateway},
-        "confidence": gate.confidence,
         "parameters": dict(gate.parameters),
     }
 

@@ -32,6 +32,7 @@ def examine(settings: Settings) -> list[Finding]:
         _libc(),
         _home(settings),
         _disk(settings),
+        _notices(settings),
         _servers(settings),
     ]
 
@@ -98,6 +99,16 @@ def _home(settings: Settings) -> Finding:
 def _disk(settings: Settings) -> Finding:
     free = free_gigabytes(settings.home)
     return Finding("disk", free >= 2, f"{free:.0f} GB free", "make room: 2 GB at least for models, logs and databases")
+
+
+def _notices(settings: Settings) -> Finding:
+    from tasks import notify
+
+    if settings.notices is None:
+        return Finding("notices", fine=True, found="nobody is told: TITLESHOT_NOTICES names no file")
+    wrong = notify.examine(settings)
+    mend = "mend that file; `titleshot notify test` shows what arrives"
+    return Finding("notices", not wrong, wrong or str(settings.notices), mend)
 
 
 def _servers(settings: Settings) -> Finding:

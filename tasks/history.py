@@ -17,7 +17,6 @@ from tasks.journal import Open
 from tasks.observe import Notebook
 from tasks.registry import TAG, client, dumps
 from tasks.settings import Mistake
-from validations.policy import ROLLBACK
 from validations.promotion import Promotion
 from validations.series import Series
 from validations.verdict import Artifact, Measurement, Verdict
@@ -116,13 +115,15 @@ def open_run(model: str, name: str, tags: dict[str, str]) -> str:
 
 
 def rolled_back(left: Open, phase: str, why: str, verdict: Verdict, tags: Mapping[str, str]) -> None:
-    """The run of a rollback by hand, with its verdict; where there is one already it is written again."""
+    """The run of a rollback by hand, or of an alias that a hand has moved, with its verdict; where there is one already
+    it is written again.
+    """
     found = entries(left.model, left.id)
     said = {
-        "kind": "rollback",
+        "kind": left.what,
         "champion": left.of,
         "challenger": left.to,
-        "step": ROLLBACK.name,
+        "step": verdict.step,
         "phase": phase,
         "why": why,
     }
@@ -268,6 +269,27 @@ def evidence(run_id: str, promotion: Promotion) -> dict[str, dict[str, Any]]:
                 raise Tampered(f"{artifact.uri} of run {run_id} is not what the verdict on {verdict.step} rests on")
             found[verdict.step] = json.loads(text)
     return found
+
+
+def tagged(tag: str) -> list[str]:
+    """The values of one of our tags on the records of all promotions that are not over, newest first."""
+    experiments = client().search_experiments(filter_string=f"name LIKE '{EXPERIMENT}%'")
+    where = f"tags.`{TAG}kind` = 'promotion' AND attributes.status = 'RUNNING'"
+    ids = [experiment.experiment_id for experiment in experiments]
+    runs = client().search_runs(ids, where, order_by=["attributes.start_time DESC"]) if ids else []
+    return [run.data.tags[TAG + tag] for run in runs if TAG + tag in run.data.tags]
+
+
+def of_flow_run(model: str, flow_run: str) -> Entry | None:
+    """The promotion of `model` that this Prefect flow run began; None where it began none."""
+    found = _search(f"name = '{EXPERIMENT}{model}'", f"tags.`{TAG}flow_run` = '{flow_run}'")
+    return found[0] if found else None
+
+
+def page(entry: Entry, uri: str) -> str:
+    """Where the MLflow UI at `uri` shows a promotion's report."""
+    experiment = client().get_run(entry.run_id).info.experiment_id
+    return f"{uri}/#/experiments/{experiment}/runs/{entry.run_id}/artifacts/report/report.html"
 
 
 def entry(identifier: str) -> Entry:

@@ -12,18 +12,25 @@ from dataclasses import dataclass, field, replace
 
 from deployments.local.target import LocalTarget
 from deployments.target import LeaseHeld, TargetError
+from tasks import moved, notify, triggers
 from tasks.agreement import leased
+from tasks.flowruns import Unanswered
 from tasks.journal import agreed, opened
 from tasks.registry import half_downloads
 from tasks.settings import Mistake, Settings
 from tasks.status import status
+from tasks.waiting import Waiting
 
 
 @dataclass(slots=True)
 class Found:
-    """What a look came to: models with something left behind, and what else is not as it should be, in words."""
+    """What a look came to: models with something left behind, models whose alias champion a hand has moved where their
+    policy lets the traffic follow, what was started, and what else is not as it should be, in words.
+    """
 
     left_behind: list[str] = field(default_factory=list)
+    to_follow: list[str] = field(default_factory=list)
+    news: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -32,6 +39,8 @@ class Lookout:
 
     def __init__(self, settings: Settings, target: LocalTarget) -> None:
         self.settings, self.target = settings, target
+        self._known = set[tuple[str, ...]]()
+        self._waiting = Waiting(settings, target)
 
     def look(self) -> Found:
         """One look at everything. What was kept warm for as long as its policy said is taken down on the way."""
@@ -40,11 +49,22 @@ class Lookout:
             left, holder = opened(self.target, model), self.target.holder(model)
             if left is None:
                 found.problems += self._expire(model)
-            elif not left.waiting and not (holder is not None and holder.left):
-                found.left_behind.append(model)
+            elif not (holder is not None and holder.left):
+                try:
+                    if self._waiting.tend(left):
+                        found.left_behind.append(model)
+                except (Unanswered, Mistake) as error:
+                    found.problems.append(f"{left.id}: {error}")
         for one in status(self.settings)["models"]:
-            if one["model"] not in found.left_behind:
+            if one["agrees"]:
+                moved.forget(self.settings, one["model"])
+            if one["follow"]:
+                found.to_follow.append(one["model"])
+            elif one["model"] not in found.left_behind:
                 found.problems += [f"{one['model']}: {problem}" for problem in one["problems"]]
+        asked = triggers.start(self.settings, self.target, self._known)
+        found.news += asked.news
+        found.problems += asked.problems
         return found
 
     def _expire(self, model: str) -> list[str]:
@@ -94,12 +114,29 @@ def for_ever(settings: Settings, target: LocalTarget, every: float, say: Callabl
             found = Found(problems=[str(error)])
         for model in found.left_behind:
             say(f"{model} has a promotion that was left behind: bringing it to its end")
-            done = subprocess.run(
-                [sys.executable, "-m", "flows", "recover", model], capture_output=True, text=True, check=False
-            )
-            say((done.stdout + done.stderr).strip())
+            _recover(model, say)
+        for model in found.to_follow:
+            say(f"the alias champion of {model} was moved by hand, and its policy lets the traffic follow")
+            _recover(model, say)
+        for news in found.news:
+            say(news)
         for problem in found.problems:
             if problem not in told:
                 say(problem)
+            notify.tell(settings, notify.problem(_model(problem), problem))
+        notify.forget(settings, told - {*found.problems})
+        notify.retry_late(settings)
         told = set(found.problems)
         time.sleep(every)
+
+
+def _model(problem: str) -> str:
+    """What a problem speaks of, for a notice's title: sentences begin with it."""
+    return problem.partition(":")[0][:60]
+
+
+def _recover(model: str, say: Callable[[str], None]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "recover", model], capture_output=True, text=True, check=False
+    )
+    say((done.stdout + done.stderr).strip())

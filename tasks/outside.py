@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from validations.verdict import Measurement
 
 MOST_BYTES = 1_000_000
 """An answer larger than this is no measurement."""
+SILENT = "it said nothing on stderr"
 FIELDS = ("value", "low", "high", "sample", "where", "note")
 
 
@@ -140,7 +142,20 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no measurement: return {{'metric': number}}")
 
 
-def _commanded(command: tuple[str, ...], told: dict[str, Any], folder: Path, what: str, seconds: float) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended by itself: its exit code, what it printed, and the last line of its stderr."""
+
+    code: int
+    answer: bytes
+    said: str
+
+
+def run(command: tuple[str, ...], told: dict[str, Any], folder: Path, what: str, seconds: float) -> Ended:
+    """Run a command in `folder`, with what is `told` as JSON on its stdin and as TITLESHOT_* in its environment.
+
+    What it started ends with it. Raises `Mistake` where it cannot be started, was killed, or has had its time.
+    """
     # The files keep a talkative command from filling our memory, and from hanging on a full pipe.
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         asked.write(json.dumps(told).encode())
@@ -160,30 +175,51 @@ def _commanded(command: tuple[str, ...], told: dict[str, Any], folder: Path, wha
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired as late:
-            raise Mistake(
-                f"{what}: no answer within {seconds:g} s: make it faster, or give the gate a longer `timeout`"
-            ) from late
+            raise Mistake(_late(what, seconds)) from late
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # it has answered, or has had its time; its children too
             process.wait()
-        if code:
-            ended = f"exit code {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
-            raise Mistake(f"{what}: {ended}: {_last_line(errors)}")
+        said = _last_line(errors)
+        if code < 0:
+            raise Mistake(f"{what}: ended by {_signal(-code)}: {said or SILENT}")
         out.seek(0)
-        return out.read(MOST_BYTES + 1)
+        return Ended(code, out.read(MOST_BYTES + 1), said)
+
+
+def _commanded(command: tuple[str, ...], told: dict[str, Any], folder: Path, what: str, seconds: float) -> bytes:
+    ended = run(command, told, folder, what, seconds)
+    if ended.code:
+        raise Mistake(f"{what}: exit code {ended.code}: {ended.said or SILENT}")
+    return ended.answer
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _late(what: str, seconds: float) -> str:
+    return f"{what}: no answer within {seconds:g} s: make it faster, or give the gate a longer `timeout`"
 
 
 def _last_line(errors: Any) -> str:
     size = errors.seek(0, os.SEEK_END)
     errors.seek(max(0, size - 2000))
-    lines = errors.read().decode(errors="replace").strip().splitlines()
-    return lines[-1][:500] if lines else "it said nothing on stderr"
+    return last_line(errors.read())
+
+
+def last_line(text: bytes) -> str:
+    """The last line that says something; empty where none does."""
+    lines = text.decode(errors="replace").strip().splitlines()
+    return lines[-1].strip()[:500] if lines else ""
 
 
 def _environment(told: dict[str, Any]) -> dict[str, str]:
     """What is told as TITLESHOT_* too, for commands that read no JSON; our Python comes first on the PATH."""
-    words = {"TITLESHOT_MODEL": told["model"]}
+    words = {f"TITLESHOT_{name}".upper(): told[name] for name in ("model", "promotion", "when") if name in told}
     for side in ("challenger", "champion"):
         for name, value in (told[side] or {}).items():
             words[f"TITLESHOT_{side}_{name}".upper()] = value
@@ -193,9 +229,11 @@ def _environment(told: dict[str, Any]) -> dict[str, str]:
     return {**os.environ, "PATH": path, **{name: value for name, value in words.items() if value is not None}}
 
 
-def _posted(url: str, told: dict[str, Any], seconds: float) -> bytes:
+def post(url: str, told: dict[str, Any], seconds: float) -> tuple[int, bytes]:
+    """Post what is `told` as JSON; the status of the answer, and its body. Raises `Mistake` where there is no answer in
+    time, or a redirect.
+    """
     until, answer = time.monotonic() + seconds, b""
-    late = f"{url}: no answer within {seconds:g} s: make it faster, or give the gate a longer `timeout`"
     try:
         with httpx.stream("POST", url, json=told, timeout=seconds, follow_redirects=False) as response:
             for part in response.iter_bytes():
@@ -203,15 +241,25 @@ def _posted(url: str, told: dict[str, Any], seconds: float) -> bytes:
                 if len(answer) > MOST_BYTES:
                     break
                 if time.monotonic() > until:
-                    raise Mistake(late)
+                    raise Mistake(_late(url, seconds))
     except httpx.TimeoutException as error:
-        raise Mistake(late) from error
+        raise Mistake(_late(url, seconds)) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Mistake(f"{url}: no answer: {error or type(error).__name__}") from error
     if response.is_redirect:
         to = response.headers.get("location", "")
         raise Mistake(f"{url}: answered {response.status_code}, and redirects are not followed: name {to or 'its end'}")
-    if response.status_code >= 300:
-        said = answer[:200].decode(errors="replace").strip().splitlines()
-        raise Mistake(f"{url}: answered {response.status_code}{': ' + said[-1] if said else ''}")
+    return response.status_code, answer
+
+
+def _posted(url: str, told: dict[str, Any], seconds: float) -> bytes:
+    status, answer = post(url, told, seconds)
+    if status >= 300:
+        raise Mistake(f"{url}: {answered(status, answer)}")
     return answer
+
+
+def answered(status: int, answer: bytes) -> str:
+    """What a URL answered, in words."""
+    said = last_line(answer[:200])
+    return f"answered {status}{': ' + said if said else ''}"

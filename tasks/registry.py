@@ -228,6 +228,16 @@ def admitted(version: Registered, home: Path) -> tuple[Path, str, str]:
     return admit(version, home)
 
 
+def requester(version: Registered) -> str:
+    """Who is taken for having asked, where nobody said: the version's tag `titleshot.requester`, or else the user whom
+    MLflow has for the run that made it; empty where neither is known.
+    """
+    if named := version.tags.get(TAG + "requester"):
+        return named
+    run = client().get_run(version.run_id) if version.run_id else None
+    return str(run.data.tags.get("mlflow.user", "")) if run else ""
+
+
 def quarantined(model: str, digest: str) -> str | None:
     """Why an artifact of this digest is refused, under whatever version number; None if it is not.
 

@@ -46,14 +46,19 @@ def write(promotion: Promotion, folder: Path, links: dict[str, str]) -> Path:
     return path
 
 
-def markdown(promotion: Promotion) -> str:
-    """The verdict table in Markdown, for the Prefect UI."""
+def table(promotion: Promotion) -> str:
+    """The verdicts as a table in Markdown."""
     rows = [
         f"| {verdict.step} | {verdict.outcome.value} | {verdict.why.replace('|', '/')} |"
         for verdict in promotion.verdicts
     ]
+    return "\n".join(["| step | outcome | why |", "|---|---|---|", *rows])
+
+
+def markdown(promotion: Promotion) -> str:
+    """Where a promotion stands and its verdict table in Markdown, for the Prefect UI."""
     title = f"# {promotion.policy.model} v{promotion.challenger}: {promotion.phase.value}"
-    return "\n".join([title, "", "| step | outcome | why |", "|---|---|---|", *rows])
+    return f"{title}\n\n{table(promotion)}"
 
 
 def explain(promotion: Promotion) -> str:

@@ -58,6 +58,18 @@ class Settings(BaseSettings):
     """How long a promotion's hold on its model outlasts the death of its process."""
     watch_seconds: float = 30.0
     """How often the stack looks for promotions that their process left behind; 0 leaves that to you."""
+    workers: int = 4
+    """How many promotions asked for through Prefect the stack runs at the same time; 0: it has no worker."""
+    policies: Path | None = None
+    """Folder of the policies by which promotions start by themselves, one file per model; None: `policies` under the
+    home.
+    """
+    notices: Path | None = None
+    """Apprise's configuration file: who is told what happens. Tags are severities: info, warning, critical."""
+    public_prefect: str | None = None
+    """Prefect's UI as people reach it, for links in notices and forms; None: where its API is."""
+    public_mlflow: str | None = None
+    """MLflow's UI as people reach it; None: where its API is."""
     deploy_timeout: float = 120.0
     """Seconds until a version that is not ready counts as one that never will be."""
     env_manager: str = "local"
@@ -76,6 +88,21 @@ class Settings(BaseSettings):
             return {}
         except ValueError as error:
             raise Mistake(f"{self.stack_file} cannot be read ({error}): remove it and run `titleshot up`") from error
+
+    @property
+    def policy_folder(self) -> Path:
+        """Where the policies are by which promotions start by themselves."""
+        return self.policies or self.home / "policies"
+
+    @property
+    def mlflow_page(self) -> str:
+        """MLflow's UI, for links that people follow."""
+        return self.public_mlflow or self.mlflow
+
+    @property
+    def prefect_page(self) -> str:
+        """Prefect's UI, for links that people follow."""
+        return self.public_prefect or self.prefect.removesuffix("/api")
 
     @property
     def mlflow(self) -> str:
@@ -147,7 +174,7 @@ def writable(home: Path) -> None:
         home.mkdir(parents=True, exist_ok=True)
         probe = home / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may try at the same moment
     except OSError as error:
         raise Mistake(
             f"the home directory {home} cannot be written ({error.strerror}): "

@@ -14,6 +14,7 @@ import httpx
 from deployments.local.supervisor import Program
 from deployments.local.target import LocalTarget, Options
 from deployments.target import TargetError
+from tasks import webhooks, worker
 from tasks.settings import QUIET, Mistake, Settings, writable
 
 START_TIMEOUT = 240.0
@@ -23,7 +24,7 @@ START_TIMEOUT = 240.0
 def up(settings: Settings, ports: dict[str, int | None], say: Callable[[str], None]) -> LocalTarget:
     """Start everything and return once it answers, the champions serving as before.
 
-    `ports` may fix the port of "mlflow" or "prefect". Raises `Mistake` where the stack is up already, a
+    `ports` may fix the port of "mlflow", "prefect" or "receiver". Raises `Mistake` where the stack is up already, a
     port is taken, or the home cannot be written; nothing is left running then.
     """
     writable(settings.home)
@@ -41,6 +42,8 @@ def up(settings: Settings, ports: dict[str, int | None], say: Callable[[str], No
             target.supervisor.add(PROGRAMS[name](settings, port))
         if settings.watch_seconds > 0:
             target.supervisor.add(_watch(settings))
+        if settings.workers > 0:
+            target.supervisor.add(worker_program(settings))
         _wait({name: f"http://127.0.0.1:{port}{HEALTH[name]}" for name, port in chosen.items()}, target, say)
     except BaseException:
         target.stop()
@@ -86,7 +89,15 @@ def _mlflow(settings: Settings, port: int) -> Program:
         *("--backend-store-uri", f"sqlite:///{data / 'mlflow.db'}"),
         *("--artifacts-destination", str(data / "artifacts")),
     ]
-    environment = {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {
+        **QUIET,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # The receiver of its webhooks is on this machine; their secrets are to be readable after a restart.
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": webhooks.encryption_key(settings),
+        "MLFLOW_WEBHOOK_CACHE_TTL": "2",
+    }
     return Program("mlflow", command, environment, data)
 
 
@@ -104,14 +115,41 @@ def _prefect(settings: Settings, port: int) -> Program:
     return Program("prefect", command, environment, data)
 
 
+def _receiver(settings: Settings, port: int) -> Program:
+    webhooks.secret(settings)
+    command = [sys.executable, "-m", "tasks.receiver", str(port)]
+    environment = {
+        **QUIET,
+        "TITLESHOT_HOME": str(settings.home),
+        "TITLESHOT_POLICIES": str(settings.policy_folder.resolve()),
+    }
+    return Program("receiver", command, environment)
+
+
 def _watch(settings: Settings) -> Program:
     command = [sys.executable, "-m", "flows", "watch", "--every", f"{settings.watch_seconds:g}"]
-    environment = {**QUIET, "TITLESHOT_HOME": str(settings.home), "PYTHONUNBUFFERED": "1"}
+    environment = {**QUIET, **worker.places(settings), "PYTHONUNBUFFERED": "1"}
     return Program("watch", command, environment)
 
 
-PROGRAMS = {"mlflow": _mlflow, "prefect": _prefect}
-HEALTH = {"mlflow": "/health", "prefect": "/api/health"}
+def worker_program(settings: Settings) -> Program:
+    """Runs what is asked for through Prefect. It waits for Prefect by being tried again, and is stopped before all that
+    its runs need; their process group is asked to end with it.
+    """
+    command = [sys.executable, "-m", "tasks.worker"]
+    return Program(
+        "worker",
+        command,
+        worker.environment(settings),
+        stop_seconds=worker.STOP_SECONDS,
+        priority=900,
+        start_seconds=5,
+        start_retries=100,
+    )
+
+
+PROGRAMS = {"mlflow": _mlflow, "prefect": _prefect, "receiver": _receiver}
+HEALTH = {"mlflow": "/health", "prefect": "/api/health", "receiver": "/health"}
 
 
 def _ports(settings: Settings, wanted: dict[str, int | None]) -> dict[str, int]:
@@ -120,7 +158,7 @@ def _ports(settings: Settings, wanted: dict[str, int | None]) -> dict[str, int]:
     before = settings.stack()
     chosen: dict[str, int] = {}
     for name in PROGRAMS:
-        if external[name]:
+        if external.get(name):
             continue
         port = wanted.get(name) or before.get(f"{name}_port") or 0
         free = free_port(port)

@@ -1,15 +1,19 @@
 """What runs and what serves, read from the processes, the gateway and the registry; light on imports."""
 
+import contextlib
 from dataclasses import asdict
 from typing import Any
 
-import httpx
-
 from deployments.local.target import LocalTarget
 from deployments.target import TargetError
+from tasks import moved, webhooks
 from tasks.journal import agreed, opened
+from tasks.moved import said, sides
+from tasks.registry_rest import Refused, Unanswered
 from tasks.settings import Mistake, Settings
 from tasks.stack import settings_target
+
+__all__ = ["said", "sides", "status"]
 
 
 def status(settings: Settings) -> dict[str, Any]:
@@ -27,42 +31,56 @@ def status(settings: Settings) -> dict[str, Any]:
 
 
 def _addresses(settings: Settings) -> dict[str, str]:
-    try:
-        return {"mlflow": settings.mlflow, "prefect": settings.prefect.removesuffix("/api")}
-    except Mistake:
-        return {}
+    found: dict[str, str] = {}
+    with contextlib.suppress(Mistake):
+        found |= {"mlflow": settings.mlflow, "prefect": settings.prefect.removesuffix("/api")}
+    with contextlib.suppress(Mistake):
+        found["receiver"] = webhooks.address(settings)
+    return found
 
 
 def _model(settings: Settings, target: LocalTarget, model: str) -> dict[str, Any]:
-    problem, traffic = "", None
-    try:
-        traffic = target.traffic(model)
-    except TargetError as error:
-        problem = str(error)
-    serving = traffic.champion if traffic else None
-    alias, left, last = _champion(settings, model), opened(target, model), agreed(target, model)
+    for _ in range(3):
+        before = _moment(target, model)
+        problem, unknown, traffic, facts = "", "", None, None
+        try:
+            traffic = target.traffic(model)
+        except TargetError as error:
+            problem = str(error)
+        left, last = opened(target, model), agreed(target, model)
+        try:
+            facts = moved.facts(settings, target, model, traffic)
+        except (Unanswered, Refused, Mistake) as error:
+            unknown = f"{error}: what the registry says of {model} is not known"
+        # What changes while it is looked at is looked at once more.
+        if steady := _moment(target, model) == before:
+            break
     holder = target.holder(model)
-    under_way = left is not None and (left.waiting or (holder is not None and holder.left > 0))
-    problems = [problem] if problem else []
+    held = holder is not None and holder.left > 0
+    under_way = left is not None and (left.waiting or held)
+    problems = [one for one in (problem, unknown) if one]
     if left is not None and not under_way:
         problems.append(
             f"{left.id} was left behind by its process while it performed `{left.doing or 'the beginning'}`: "
             f"`titleshot recover {model}` brings it to its end"
         )
-    if left is None and not problem:
-        problems += _disagreements(alias, last.champion if last else serving, serving)
+    follow = None
+    # Whoever holds the lease may be between two of its moves.
+    if facts is not None and not problems and not held and steady:
+        problems, follow = _disagreements(settings, facts)
     return {
         "model": model,
-        "serving": serving or problem or None,
+        "serving": (traffic.champion if traffic else problem) or None,
         "challenger": traffic.challenger if traffic else None,
         "weight": traffic.weight / 100 if traffic else 0,
         "mirror": traffic.mirror / 100 if traffic else 0,
         "fallback": traffic.fallback if traffic else None,
         "shape": asdict(traffic.shape) if traffic else {},
-        "alias": alias,
+        "alias": facts.alias if facts else None,
         "journal": last.champion if last else None,
         "under_way": left.id if left is not None and under_way else None,
         "problems": problems,
+        "follow": follow,
         "agrees": traffic is not None and not problems,
         "gateway": target.gateway(model),
         "deployed": sorted(target.deployed(model), key=int),
@@ -70,33 +88,16 @@ def _model(settings: Settings, target: LocalTarget, model: str) -> dict[str, Any
     }
 
 
-def _disagreements(alias: str | None, journal: str | None, serving: str | None) -> list[str]:
-    if alias == journal == serving:
-        return []
-    return [f"{sides(alias, journal, serving)}: `titleshot doctor --mend` brings them together"]
+def _moment(target: LocalTarget, model: str) -> tuple[int, str]:
+    """Another one whenever something begins, goes on or ends."""
+    lines, holder = target.journal(model), target.holder(model)
+    return lines[-1].number if lines else 0, holder.name if holder is not None and holder.left > 0 else ""
 
 
-def sides(alias: str | None, journal: str | None, serving: str | None) -> str:
-    """Who sees what, in words."""
-    return (
-        f"the gateway serves {said(serving)}, the alias champion names {said(alias)}, the journal says {said(journal)}"
-    )
-
-
-def said(number: str | None) -> str:
-    """A version number as people read it."""
-    return f"v{number}" if number else "nothing"
-
-
-def _champion(settings: Settings, model: str) -> str | None:
-    """The alias champion by MLflow's REST API: its Python client costs four seconds to import."""
-    try:
-        answer = httpx.get(
-            f"{settings.mlflow}/api/2.0/mlflow/registered-models/alias",
-            params={"name": model, "alias": "champion"},
-            timeout=5,
-        )
-        answer.raise_for_status()
-        return str(answer.json()["model_version"]["version"])
-    except (httpx.HTTPError, KeyError, ValueError, Mistake):
-        return None
+def _disagreements(settings: Settings, facts: moved.Facts) -> tuple[list[str], str | None]:
+    """What a hand has moved, in words, and the version that the traffic is to follow to."""
+    if facts.alias == facts.serving:
+        return moved.disagreements(facts), None
+    to, own = facts.moved_to, moved.followed_by(settings, facts.model)
+    refused = moved.refused(settings, facts.model, to) if to and own else ""
+    return moved.disagreements(facts, own[0].name if own else "", refused), to if own and not refused else None

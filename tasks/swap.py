@@ -2,12 +2,13 @@
 
 import secrets
 from datetime import UTC, datetime
+from pathlib import Path
 
 from deployments.target import Fence, ServingTarget, Version
 from tasks import registry
 from tasks.agreement import agreement, leased, name_champion, patiently, without
 from tasks.context import Contender, Context, Seen
-from tasks.journal import Journal, Open, agreed, opened
+from tasks.journal import BY_HAND, Journal, Open, agreed, opened
 from tasks.progress import say
 from tasks.registry import Registered
 from tasks.settings import Mistake, Settings
@@ -20,6 +21,13 @@ def offline(model: str, number: str, digest: str, settings: Settings) -> Contend
     return Contender(known, registry.local_path(known, settings.home), digest, digest)
 
 
+def reigning(target: ServingTarget, left: Open) -> str | None:
+    """Who is champion while a promotion goes on: who was when it began, or who became it by hand while it waited."""
+    assert left.promotion is not None
+    last = agreed(target, left.model)
+    return last.champion if last is not None and last.at > left.began else left.promotion.champion
+
+
 def resumed(settings: Settings, target: ServingTarget, model: str, fence: Fence, left: Open) -> Context:
     """The context of a promotion that another process began, or of a rollback by hand, from its journal alone."""
     last = agreed(target, model)
@@ -27,7 +35,7 @@ def resumed(settings: Settings, target: ServingTarget, model: str, fence: Fence,
     now = left.promotion
     if now is not None:
         digests[now.challenger] = now.digest
-    champion, challenger = (now.champion, now.challenger) if now is not None else (left.of, left.to)
+    champion, challenger = (reigning(target, left), now.challenger) if now is not None else (left.of, left.to)
     traffic = target.traffic(model)
     context = Context(
         id=left.id,
@@ -35,7 +43,7 @@ def resumed(settings: Settings, target: ServingTarget, model: str, fence: Fence,
         settings=settings,
         target=target,
         fence=fence,
-        base=settings.home,
+        base=Path(left.base or settings.home),
         folder=settings.home / "promotions" / left.id,
         champion=None if champion is None else offline(model, champion, digests.get(champion, ""), settings),
         challenger=offline(model, challenger, digests.get(challenger, ""), settings),
@@ -62,7 +70,11 @@ def back(
     where there is no version to go back to.
     """
     left = opened(target, model)
-    if left is not None and left.promotion is not None:
+    if left is not None and left.what == BY_HAND:
+        # Wherever its traffic is by now is where an operator goes back from.
+        stays(target, model, fence, left)
+        left = opened(target, model)
+    if left is not None and left.promotion is not None and not left.waiting:
         now = left.promotion
         if now.champion is None:
             raise Mistake(
@@ -71,7 +83,7 @@ def back(
         context = resumed(settings, target, model, fence, left)
         target.route(without(context.traffic(now.champion), now.challenger), fence)
         return left
-    if left is None:
+    if left is None or left.waiting:  # what waits has no live request: the champion is meant
         traffic = target.traffic(model) if model in target.models() else None
         of = traffic.champion if traffic else None
         to = _before(target, model, of)
@@ -86,6 +98,17 @@ def back(
     # What an operator takes away answers nobody, not even where the other fails.
     target.route(without(context.traffic(left.to), left.of), fence)
     return left
+
+
+def stays(target: ServingTarget, model: str, fence: Fence, left: Open) -> None:
+    """End, in the journal, an alias moved by hand that is not followed any further: whoever serves now is champion."""
+    last, traffic = agreed(target, model), target.traffic(model)
+    digests, pen = dict(last.digests) if last else {}, Journal(target, fence, left.id)
+    if traffic is not None and traffic.champion == left.to:
+        pen.end("promoted", left.to, left.of, digests)
+    else:
+        before, until = (last.previous, last.keep_until) if last else (None, None)
+        pen.end("interrupted", left.of, before, digests, until)
 
 
 def _before(target: ServingTarget, model: str, of: str | None) -> str | None:

@@ -156,6 +156,11 @@ class BaseGate(Value):
         """Whether the challenger must be deployed before this gate."""
         return isinstance(self, SERVING)
 
+    @property
+    def after_promote(self) -> bool:
+        """Whether the gate comes after the cut-over: a watch, and a hook that says so."""
+        return False
+
 
 class Sampled(BaseGate):
     """What the gates that look at a sample once have in common: the `confidence` of each interval."""
@@ -631,13 +636,44 @@ class Load(Sampled):
 
 
 class Approval(BaseGate):
-    """A person says yes, within `timeout`."""
+    """`quorum` of the `approvers` say yes and none says no, within `timeout`.
 
-    METRICS: ClassVar = ("approved",)
-    DEFAULTS: ClassVar = {"approved": Fact}
+    With `four_eyes` who asked for the promotion has no say in it. Where time runs out before, the verdict is
+    `expired`: the promotion stops either way, and `failed` quarantines the version.
+    """
+
+    METRICS: ClassVar = ("approvals", "objections")
     kind: Literal["approval"] = "approval"
     approvers: tuple[str, ...] = Field(min_length=1)
+    quorum: int = Field(default=1, ge=1)
+    four_eyes: bool = True
     timeout: Duration = timedelta(hours=24)
+    expired: Literal["inconclusive", "failed"] = "inconclusive"
+
+    @field_validator("checks")
+    @classmethod
+    def _known(cls, checks: dict[str, Bound]) -> dict[str, Bound]:
+        if checks:
+            refuse("an approval has no checks: say with `approvers` and `quorum` who must agree")
+        return checks
+
+    @field_validator("approvers")
+    @classmethod
+    def _once(cls, approvers: tuple[str, ...]) -> tuple[str, ...]:
+        for name in approvers:
+            if approvers.count(name) > 1:
+                refuse(f"'{name}' stands here twice, and has one say")
+        return approvers
+
+    @model_validator(mode="after")
+    def _can_be_met(self) -> Self:
+        if self.quorum > len(self.approvers):
+            refuse(f"`quorum` is {self.quorum}, and there are {len(self.approvers)} approvers")
+        return self
+
+    def bounds(self, *, first: bool = False) -> dict[str, Bound]:  # noqa: ARG002 - people compare nothing
+        """Enough approvals, and no objection."""
+        return {"approvals": Bound(min=self.quorum), "objections": Bound(max=0)}
 
 
 class Canary(Looked):
@@ -687,30 +723,18 @@ class Watch(Looked):
     holdback: float = Field(default=0.0, ge=0, le=50)
     min_sample: int = Field(default=100, ge=1)
 
+    @property
+    def after_promote(self) -> bool:
+        """Always."""
+        return True
 
-class Custom(Sampled):
-    """Measurements from outside: a Python `function` (`file.py:name`), a `command` or a `url`; exactly one.
 
-    It is told model, challenger, champion, addresses and `parameters`, and has `timeout` to answer with the
-    metrics that `checks` bound. With `deployed` it is given the challenger deployed, at an address.
-    """
+class Outside(BaseGate):
+    """What the gates that ask a `command` or a `url` have in common: they tell it `parameters`, and what is known."""
 
-    kind: Literal["custom"] = "custom"
-    function: str | None = None
     command: tuple[str, ...] = ()
     url: str | None = None
     parameters: dict[str, JsonValue] = {}
-    timeout: Duration = timedelta(minutes=5)
-    deployed: bool = False
-    checks: dict[str, Bound] = Field(min_length=1)
-
-    @field_validator("checks")
-    @classmethod
-    def _known(cls, checks: dict[str, Bound]) -> dict[str, Bound]:
-        for metric in checks:
-            if not re.fullmatch(r"[A-Za-z0-9_]+", metric):
-                refuse(f"'{metric}': a metric's name is of letters, digits and _")
-        return checks
 
     @field_validator("command", mode="before")
     @classmethod
@@ -728,17 +752,63 @@ class Custom(Sampled):
             refuse("they travel as JSON, which has no dates, no .inf and no .nan: write such a value as 'text'")
         return parameters
 
-    @field_validator("function")
-    @classmethod
-    def _names_one(cls, function: str | None) -> str | None:
-        return None if function is None else _function_path(function)
-
     @field_validator("url")
     @classmethod
     def _web(cls, url: str | None) -> str | None:
         if url is not None and not re.match(r"https?://[^/\s]", url):
             refuse(f"'{url}' is no address: it begins with http:// or https://")
         return url
+
+
+class Hook(Outside):
+    """Something of the user's that is done before the promotion or `after` it: a `command`, or a `url` that is posted
+    to; exactly one. It is told model, challenger, champion, addresses, the verdicts so far and `parameters`, and has
+    `timeout` to succeed.
+    """
+
+    METRICS: ClassVar = ("succeeded",)
+    DEFAULTS: ClassVar = {"succeeded": Fact}
+    kind: Literal["hook"] = "hook"
+    when: Literal["before", "after"] = "before"
+    timeout: Duration = timedelta(minutes=1)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if bool(self.command) == bool(self.url):
+            refuse(f"a hook has a `command` or a `url`: here {'are both' if self.url else 'is none'}")
+        return self
+
+    @property
+    def after_promote(self) -> bool:
+        """Where the policy says so (`when: after`)."""
+        return self.when == "after"
+
+
+class Custom(Sampled, Outside):
+    """Measurements from outside: a Python `function` (`file.py:name`), a `command` or a `url`; exactly one.
+
+    It is told model, challenger, champion, addresses and `parameters`, and has `timeout` to answer with the
+    metrics that `checks` bound. With `deployed` it is given the challenger deployed, at an address.
+    """
+
+    kind: Literal["custom"] = "custom"
+    function: str | None = None
+    timeout: Duration = timedelta(minutes=5)
+    deployed: bool = False
+    checks: dict[str, Bound] = Field(min_length=1)
+
+    @field_validator("checks")
+    @classmethod
+    def _known(cls, checks: dict[str, Bound]) -> dict[str, Bound]:
+        for metric in checks:
+            if not re.fullmatch(r"[A-Za-z0-9_]+", metric):
+                refuse(f"'{metric}': a metric's name is of letters, digits and _")
+        return checks
+
+    @field_validator("function")
+    @classmethod
+    def _names_one(cls, function: str | None) -> str | None:
+        return None if function is None else _function_path(function)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -754,12 +824,12 @@ class Custom(Sampled):
         return self.deployed
 
 
-Gate = Integrity | Schema | Features | Quality | Shadow | Load | Approval | Canary | Watch | Custom
+Gate = Integrity | Schema | Features | Quality | Shadow | Load | Approval | Hook | Canary | Watch | Custom
 
 
 GATES: dict[str, type[Gate]] = {
     gate.model_fields["kind"].default: gate
-    for gate in (Integrity, Schema, Features, Quality, Shadow, Load, Approval, Canary, Watch, Custom)
+    for gate in (Integrity, Schema, Features, Quality, Shadow, Load, Approval, Hook, Canary, Watch, Custom)
 }
 
 

@@ -14,7 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from validations.gates import GATES, Canary, Fact, Freshness, Function, Gate, Load, Looked, Tolerance, Watch
+from validations.gates import GATES, Canary, Fact, Freshness, Function, Gate, Hook, Load, Looked, Tolerance
+from validations.quiet import Quiet
 from validations.traffic import Shaping, record, shape_of
 from validations.units import Chance, Duration, nearest, refuse
 from validations.verdict import Bound, Value
@@ -54,7 +55,9 @@ class Policy(Value):
     checks that are looked at again and again, all steps and all looks together; `false_promotion` the chance that one
     which breaks a bound is promoted. `traffic` is what is asked of live requests besides weights (None: what is in
     force stays), `rollback_within` how long a rollback may take, `keep_previous` how long the previous champion stays
-    warm after a promotion (None: until the next one).
+    warm after a promotion (None: until the next one). `trigger` is the registry's event that starts a promotion by
+    itself, `quiet` when no live request is given to a challenger, and `follow_alias` lets the traffic follow an alias
+    champion that a hand has moved.
     """
 
     version: Literal[1]
@@ -65,15 +68,20 @@ class Policy(Value):
     traffic: Shaping | None = None
     rollback_within: Duration | None = None
     keep_previous: Duration | None = None
+    trigger: Literal["alias", "tag", "version", "hand"] = "alias"
+    quiet: tuple[Quiet, ...] = ()
+    follow_alias: bool = False
     gates: tuple[Annotated[Gate, Field(discriminator="kind")], ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        watching = False
+        after = ""
         for gate in self.gates:
-            if watching and not isinstance(gate, Watch):
-                refuse(f"`{gate.kind}` comes after `watch`: a watch follows the promotion, so it is last")
-            watching = isinstance(gate, Watch)
+            if after and not gate.after_promote:
+                mend = "give it `when: after`" if isinstance(gate, Hook) else "put it before"
+                refuse(f"`{gate.kind}` comes after `{after}`, which follows the promotion, so it is last: {mend}")
+            if gate.after_promote:
+                after = gate.kind
         # A gate that bears an action's name would be taken for it: `rollback` for one that was done.
         names = [ROLLBACK.name, *(step.name for step in self.plan())]
         for name in names:
@@ -93,7 +101,7 @@ class Policy(Value):
             if gate.needs_serving and not deployed:
                 deployed = True
                 yield Step(name="deploy", kind="deploy")
-            if isinstance(gate, Watch) and not promoted:
+            if gate.after_promote and not promoted:
                 yield from self._promote(deployed=deployed)
                 deployed = promoted = True
             name = gate.name or gate.kind
@@ -187,6 +195,8 @@ def _sentence(error: Any, data: dict[str, Any]) -> str:
                 kind = {"tolerances": Tolerance, "functions": Function, "freshness": Freshness}.get(str(loc[3]), Bound)
         elif loc[0] == "traffic":
             kind = record(loc[1:-1])
+        elif loc[0] == "quiet":
+            kind = Quiet
         words = [field.alias or name for name, field in kind.model_fields.items() if name != "name"]
         return f"unknown word '{loc[-1]}'{nearest(str(loc[-1]), words)}"
     if error["type"] == "union_tag_invalid":

@@ -68,6 +68,18 @@ def replay(promotion: Promotion, data: Data, policy: Policy | None = None) -> Re
     return Replayed(promotion=promotion.id, steps=tuple(judged))
 
 
+def ledger_of(promotion: Promotion, data: Data) -> Ledger:
+    """The ledger as the steps so far have left it: one that goes on in another process begins with it."""
+    first = promotion.champion is None
+    ledger = Ledger(weights(promotion.policy, first=first))
+    steps = {step.name: step for step in promotion.plan}
+    for verdict in promotion.verdicts:
+        if verdict.step in steps:
+            step, series = steps[verdict.step], _series(verdict.step, data)
+            _, ledger = again(promotion.policy, step, verdict.evidence, series, ledger, first=first)
+    return ledger
+
+
 def again(
     policy: Policy, step: Step, evidence: Evidence, series: list[Series], ledger: Ledger, *, first: bool
 ) -> tuple[Verdict, Ledger]:

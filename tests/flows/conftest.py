@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
+
+from deployments.local.supervisor import wait_for
 
 COLUMNS = ["x", "y", "segment"]
 
@@ -23,6 +26,8 @@ def home() -> Iterator[Path]:
     before = {k: v for k, v in os.environ.items() if k.startswith(("TITLESHOT_", "PREFECT_", "MLFLOW_"))}
     os.environ["TITLESHOT_HOME"] = str(path)
     os.environ["PREFECT_HOME"] = str(path / "prefect")
+    # Seconds of CPU that most tests do not need: the fixture `worker` starts it for those that do.
+    os.environ["TITLESHOT_WORKERS"] = "0"
     yield path
     for name in [k for k in os.environ if k.startswith(("TITLESHOT_", "PREFECT_", "MLFLOW_"))]:
         del os.environ[name]
@@ -48,6 +53,22 @@ def settings(stack: Any) -> Any:
     from tasks import settings
 
     return settings.load()
+
+
+@pytest.fixture(scope="session")
+def worker(stack: Any, settings: Any) -> Iterator[Any]:
+    """The stack's own worker, which has made all deployments and asks for runs."""
+    from tasks import stack as stacks
+
+    stack.supervisor.add(stacks.worker_program(settings.model_copy(update={"workers": 2})))
+
+    def works() -> bool:
+        found = httpx.post(f"{settings.prefect}/work_pools/titleshot/workers/filter", json={}, timeout=10)
+        return found.is_success and any(one["status"] == "ONLINE" for one in found.json())
+
+    wait_for(works, 120, f"the worker does not come: {stack.supervisor.log('worker')}", every=0.3)
+    yield stack.supervisor
+    stack.supervisor.remove("worker")
 
 
 def promote(**arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The custom gate in a whole promotion: asked with the challenger deployed, judged like any other."""
+"""The custom gate and the hook in a whole promotion: told what there is to know, judged like any other."""
 
 import json
 import sys
@@ -51,8 +51,11 @@ def test_custom_gates_and_own_metrics_decide_like_any_other(
     code = "import json, os; print(json.dumps({'fee': float(os.environ['TITLESHOT_CHALLENGER_VERSION'])}))"
     command = {"kind": "custom", "name": "fee", "command": [sys.executable, "-c", code], "checks": {"fee": {"max": 1}}}
     champion = maker.version()
-    first = promote(model=maker.model, policy=str(policy(quality, command)), version=champion)
-    assert first["phase"] == "promoted", first
+    writes = "import json, sys; json.dump(json.load(sys.stdin)['verdicts'], open('told.json', 'w'))"
+    hook = {"kind": "hook", "name": "smoke test", "when": "after", "command": [sys.executable, "-c", writes]}
+    first = promote(model=maker.model, policy=str(policy(quality, command, hook)), version=champion)
+    assert (first["phase"], first["step"]) == ("promoted", "smoke test"), first
+    assert [one["step"] for one in json.loads((tmp_path / "told.json").read_text())][-2:] == ["deploy", "promote"]
 
     challenger = maker.version(seed=1)
     result = promote(model=maker.model, policy=str(policy(quality, age, function, command)), version=challenger)

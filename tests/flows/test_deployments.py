@@ -1,70 +1,72 @@
-"""Prefect's deployments: `prefect deploy --all` as it stands, and a worker that runs what it deployed."""
+"""Prefect's deployments: what the stack's own worker makes of prefect.yaml, and what it runs."""
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tasks import registry
+from tasks import flowruns, registry
+from tasks.worker import DEPLOYMENTS
 from tests.flows.conftest import Maker, promote
 
-ROOT = Path(__file__).parents[2]
+
+def ran(settings: Any, deployment: str, timeout: float = 200, **parameters: Any) -> flowruns.FlowRun:
+    """A run of a deployment, asked for as the Prefect UI does, once it has ended."""
+    asked = flowruns.create(settings, deployment, parameters)
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        found = flowruns.find(settings, asked.id)
+        assert found is not None
+        if found.over:
+            assert found.type == "COMPLETED", (found.message, flowruns.logs(settings, asked.id))
+            return found
+        time.sleep(0.3)
+    raise AssertionError(f"{deployment} did not end in {timeout} s")
 
 
-def environment(home: Path) -> dict[str, str]:
-    return {**os.environ, "PREFECT_HOME": str(home / "prefect-cli"), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+def test_the_worker_makes_every_deployment(worker: Any, settings: Any) -> None:
+    """All five deployments are there, with forms that explain themselves and schedules that sleep."""
+    for name in DEPLOYMENTS:
+        made = httpx.get(f"{settings.prefect}/deployments/name/{name}").raise_for_status().json()
+        assert made["description"], name
+        assert not any(schedule["active"] for schedule in made["schedules"]), name
+        fields = made["parameter_openapi_schema"]["properties"]
+        assert all(field.get("description") for field in fields.values()), name
 
 
-def prefect(*arguments: str, home: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", *arguments],
-        cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def test_an_event_starts_a_promotion(worker: Any, settings: Any) -> None:
+    """Prefect has an automation that gives model and version of a challenger's event to a run of `promote`."""
+    found = httpx.post(f"{settings.prefect}/automations/filter", json={}).raise_for_status().json()
+    (made,) = [one for one in found if one["name"] == "titleshot-challenger"]
+    assert made["enabled"]
+    assert made["trigger"]["expect"] == ["titleshot.challenger"]
+    assert made["trigger"]["match"] == {"prefect.resource.id": "titleshot.model.*"}
+    (action,) = made["actions"]
+    assert action["parameters"] == {
+        "model": "{{ event.payload.model }}",
+        "version": "{{ event.payload.version }}",
+        "trigger": "event",
+    }
 
 
-@contextmanager
-def worker(home: Path) -> Iterator[None]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "worker", "start", "--pool", "titleshot"],
-        cwd=home, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def test_deploy_all_and_a_worker_run_a_promotion_and_a_rollback(
-    stack: Any, home: Path, maker: Maker, policy: Any
+def test_the_worker_runs_promotion_probe_replay_and_rollback(
+    worker: Any, settings: Any, maker: Maker, policy: Any
 ) -> None:
-    """Both deployments are made from prefect.yaml, and a process worker runs them against the local stack."""
-
-    def run(deployment: str, *parameters: str) -> None:
-        options = [word for parameter in parameters for word in ("--param", parameter)]
-        watch = ("--watch", "--watch-interval", "1", "--watch-timeout", "200")
-        prefect("deployment", "run", deployment, *options, *watch, home=home)
-
-    prefect("work-pool", "create", "titleshot", "--type", "process", home=home)
-    with worker(home):  # which starts while we go on
-        said = prefect("--no-prompt", "deploy", "--all", home=home)
-        assert "promote/promote" in said
-        assert "rollback/rollback" in said
-        path = policy({"kind": "integrity"})
-        first, second = maker.version(), maker.version(seed=1)
-        promote(model=maker.model, policy=str(path), version=first)
-        run("promote/promote", f"model={maker.model}", f"policy={path}", f"version={second}")
-        assert registry.aliased(maker.model, "champion") == second
-        run("rollback/rollback", f"model={maker.model}")
-        assert registry.aliased(maker.model, "champion") == first
+    """What the Prefect UI can start does what the command line does, in a process of the stack's worker."""
+    path: Path = policy({"kind": "integrity"})
+    first, second = maker.version(), maker.version(seed=1)
+    assert promote(model=maker.model, policy=str(path), version=first)["phase"] == "promoted"
+    ran(settings, "promote/promote", model=maker.model, policy=str(path), version=second)
+    assert registry.aliased(maker.model, "champion") == second
+    asked = flowruns.create(settings, "probe/probe", {"model": maker.model})
+    ran(settings, "replay/replay", promotion=maker.model)
+    ran(settings, "rollback/rollback", model=maker.model)
+    assert registry.aliased(maker.model, "champion") == first
+    probed = flowruns.find(settings, asked.id)
+    assert probed is not None
+    assert probed.type == "COMPLETED"
 
 
 @pytest.mark.parametrize("name", ["promote", "rollback"])

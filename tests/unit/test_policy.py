@@ -8,6 +8,7 @@ import pytest
 
 from validations.gates import GATES, BaseGate
 from validations.policy import ROLLBACK, Policy, PolicyError, read
+from validations.quiet import Quiet
 from validations.traffic import Like, Pinned, Shaping
 from validations.verdict import Bound
 
@@ -73,6 +74,7 @@ SLIPS = {
     "no rate": ("100/s", "fast", "is no rate: write it like"),
     "a gate without checks": ("    checks: {p99_ms: {max: 150}}\n", "", "without checks proves nothing"),
     "something after the watch": ("kind: integrity", "kind: watch\n    run_time: 3s\n    checks: {error_rate: {max: 1}}", "it is last"),
+    "a hook that comes too late": ("checks: {error_rate: {max: 0.005}}", "checks: {error_rate: {max: 0.005}}\n  - kind: hook\n    command: [x]", r"`hook` comes after `watch`.*it is last: give it `when: after`"),
     "two steps of one name": ("kind: quality", "kind: integrity\n  - kind: quality", "two steps are called 'integrity'"),
     "a step called like an action": ("kind: integrity", "kind: integrity\n    name: rollback", "two steps are called 'rollback'"),
     "a name that is a path": ("kind: integrity", "kind: integrity\n    name: ../x", "name: "),
@@ -118,9 +120,9 @@ def test_every_gate_and_check_is_documented() -> None:
 
 
 def test_every_word_is_documented() -> None:
-    """docs/policy.md names every word of the file, of each gate and of the block `traffic`."""
+    """docs/policy.md names every word of the file, of each gate and of the blocks `traffic` and `quiet`."""
     page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
-    for record in (*GATES.values(), Policy, Shaping, Pinned, Like):
+    for record in (*GATES.values(), Policy, Shaping, Pinned, Like, Quiet):
         for name, field in record.model_fields.items():
             word = field.alias or name
             if name in BaseGate.model_fields or record is Policy:

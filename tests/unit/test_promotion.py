@@ -19,15 +19,20 @@ SHAPES = [
     {"kind": "shadow", "checks": ok},
     {"kind": "load", "rate": 1, "run_time": "1s", "checks": ok},
     {"kind": "approval", "approvers": ["ana"]},
+    {"kind": "hook", "command": ["x"]},
     {"kind": "canary", "weights": [1, 50], "checks": ok},
+]
+AFTER = [
+    {"kind": "watch", "run_time": "1s", "checks": ok},
+    {"kind": "hook", "name": "after", "when": "after", "command": ["x"]},
+    {"kind": "hook", "name": "after that", "when": "after", "url": "http://127.0.0.1:1"},
 ]
 
 
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
     gates = draw(st.lists(st.sampled_from(SHAPES), min_size=1, unique_by=lambda g: g["kind"]))
-    if draw(st.booleans()):
-        gates = [*gates, {"kind": "watch", "run_time": "1s", "checks": ok}]
+    gates += draw(st.lists(st.sampled_from(AFTER), unique_by=lambda g: g.get("name", "")))
     return Policy(
         version=1, model="m", gates=gates, rollback_within=draw(st.sampled_from([None, timedelta(seconds=5)]))
     )
@@ -86,6 +91,23 @@ def test_it_ends_and_only_passes_promote(policy: Policy, champion: str | None, o
         assert not end.reached_live
     if "deploy" in names and not passed:
         assert "rollback" in names
+
+
+@given(policies(), champions)
+def test_what_follows_the_cut_over_stands_behind_it(policy: Policy, champion: str | None) -> None:
+    """Every gate that does not fall away is in the plan once, in the order of the file, with `deploy` and `promote` once
+    each: watches and after-hooks behind them, all others before.
+    """
+    plan, first = begin(policy, champion).plan, champion is None
+    kinds = [step.kind for step in plan]
+    assert kinds.count("deploy") == kinds.count("promote") == 1
+    assert kinds.index("deploy") < kinds.index("promote")
+    places = [step.gate for step in plan if step.gate is not None]
+    assert places == sorted(places)
+    assert {*places} == {n for n, gate in enumerate(policy.gates) if not (first and gate.falls_away())}
+    for place, step in enumerate(plan):
+        if step.gate is not None:
+            assert policy.gates[step.gate].after_promote == (place > kinds.index("promote"))
 
 
 @given(policies(), champions, runs, st.integers(0, 12))
@@ -152,5 +174,6 @@ def test_without_a_champion_the_comparing_gates_fall_away() -> None:
         "deploy",
         "load",
         "approval",
+        "hook",
         "promote",
     ]
