@@ -10,13 +10,12 @@ demo: $(STAMP)            ## set up, start the stack, take six challengers throu
 test: $(STAMP)            ## set up and run the tests (real Envoy, MLflow, Prefect, Locust)
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows
-	$(BIN)/python -m pytest tests/e2e
 
 chaos: $(STAMP)           ## whatever dies and whenever: the whole suite, which takes hours (`make test` runs a short selection)
-	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows/test_away.py tests/flows/test_serve.py -m "long or not long"
+	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows -m "long or not long"
 
 screenshots: $(STAMP)    ## the pictures in docs/img, made again by the tests in a browser
-	TITLESHOT_SCREENSHOTS=docs/img $(BIN)/python -m pytest tests/e2e
+	TITLESHOT_SCREENSHOTS=docs/img $(BIN)/python -m pytest tests/flows/test_browser.py
 
 lint: $(STAMP)            ## style, types and layers
 	$(BIN)/ruff check .

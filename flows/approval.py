@@ -6,6 +6,7 @@ from typing import Literal
 from uuid import UUID
 
 from prefect.context import FlowRunContext
+from prefect.exceptions import Pause
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field
@@ -132,6 +133,10 @@ def wait_for_form(settings: Settings, waiting: Awaiting) -> Given:
     resumed.
     """
     asked, run = waiting.asked, str(own_run())
+    if _paused(settings, run):
+        # By hand, meanwhile: Prefect would keep that pause, which has no form. It is asked for once that is over.
+        say(f"{asked.subject.promotion}: paused in the Prefect UI: people are asked once it is resumed")
+        raise Pause
     _announce(settings, waiting, run)
     left = max(asked.until - datetime.now(UTC), timedelta(0)) + SLACK
     form = Form.with_initial_data(description=waiting.text)
@@ -150,6 +155,14 @@ def wait_for_form(settings: Settings, waiting: Awaiting) -> Given:
     return Given(asked, given, at or datetime.now(UTC))
 
 
+def _paused(settings: Settings, run: str) -> bool:
+    try:
+        found = flowruns.find(settings, run)
+    except flowruns.Unanswered:
+        return False
+    return found is not None and found.type == "PAUSED"
+
+
 def hand_over(settings: Settings, waiting: Waits, *, at: datetime | None = None) -> str:
     """Ask for a run of the deployment that goes on with what waits, now or `at` a time, and return the run's page; why
     there is none where Prefect is away: `watch` asks for it later.
@@ -163,11 +176,16 @@ def hand_over(settings: Settings, waiting: Waits, *, at: datetime | None = None)
 
 
 def let_go(settings: Settings, left: Open, phase: str) -> None:
-    """End the flow run that would go on with a promotion which is over."""
+    """End the flow run that would go on with a promotion which another process has brought to its end."""
     try:
         run = performer(settings, left)
-        if run is not None and run.id != str(own_run()) and run.type in ("PAUSED", "SCHEDULED"):
+        if run is None or run.id == str(own_run()):
+            return
+        if run.type in ("PAUSED", "SCHEDULED"):
             flowruns.settle(settings, run.id, "CANCELLED", f"{left.id} is {phase}: there is nothing left to go on with")
+        elif run.type in ("PENDING", "RUNNING"):
+            # Its process has died without a word: it would count as under way, and hold a place of the pool, for ever.
+            flowruns.settle(settings, run.id, "CRASHED", f"its process ended; {left.id} is {phase}")
     except (flowruns.Unanswered, Mistake) as error:
         say(f"the flow run that asked cannot be ended: {error}")
 

@@ -14,24 +14,16 @@ from typing import Annotated, Any, Literal
 
 import httpx
 from cyclopts import App, CycloptsError, Parameter
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from deployments.target import TargetError
+from flows import screens
+from flows.screens import STYLES, err, out
 from tasks import settings as settings_of
 from tasks.settings import Mistake
 
 FINE, ERROR, WRONG_USE, REFUSED, WAITING = 0, 1, 2, 3, 4
-STYLES = {
-    "promoted": "green",
-    "rejected": "red",
-    "rolled back": "red",
-    "degraded": "bold magenta",
-    "running": "yellow",
-    "awaiting approval": "yellow",
-    "RUNNING": "green",
-}
 
 app = App(
     name="titleshot",
@@ -44,9 +36,6 @@ app = App(
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # `run` has a line for it
 )
-# Names and values are printed as they are: `:x:` is no picture.
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 Json = Annotated[bool, Parameter(name="--json", negative=())]
 Flag = Annotated[bool, Parameter(negative=())]
 Many = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
@@ -72,12 +61,12 @@ def up(
 
     settings = settings_of.load()
     if restart and stack.settings_target(settings).supervisor.up():
-        _say("starting the gateway anew, one process after the other")
+        screens.say("starting the gateway anew, one process after the other")
         stack.settings_target(settings).restart_gateway()
-        _print_status(_status())
+        screens.print_status(_status())
         return FINE
-    stack.up(settings, {"mlflow": mlflow_port, "prefect": prefect_port, "receiver": receiver_port}, _say)
-    _print_status(_status())
+    stack.up(settings, {"mlflow": mlflow_port, "prefect": prefect_port, "receiver": receiver_port}, screens.say)
+    screens.print_status(_status())
     return FINE
 
 
@@ -86,8 +75,8 @@ def down() -> int:
     """Stop everything that `titleshot up` or `titleshot demo` started."""
     from tasks import stack
 
-    stack.down(settings_of.load(), _say)
-    _say("stopped")
+    stack.down(settings_of.load(), screens.say)
+    screens.say("stopped")
     return FINE
 
 
@@ -96,9 +85,9 @@ def status(*, json_: Json = False) -> int:
     """Show what runs, what serves, and whether registry and traffic agree."""
     found = _status()
     if json_:
-        _json(found)
+        screens.as_json(found)
     else:
-        _print_status(found)
+        screens.print_status(found)
     return FINE if found["up"] and all(model["agrees"] for model in found["models"]) else ERROR
 
 
@@ -111,11 +100,11 @@ def demo(*, json_: Json = False) -> int:
     """
     from flows.demo.show import run
 
-    result = run(_say)
+    result = run(screens.say)
     if json_:
-        _json({key: result[key] for key in ("challengers", "live", "seconds")})
+        screens.as_json({key: result[key] for key in ("challengers", "live", "seconds")})
     else:
-        _print_demo(result)
+        screens.print_demo(result)
     return FINE if result["as_intended"] else ERROR
 
 
@@ -165,15 +154,15 @@ def promote(
     from tasks.progress import listening
 
     begun = time.time()
-    with listening(_say):
+    with listening(screens.say):
         try:
             result = flow(**asked)
         except httpx.TransportError as error:
             result = _ended(settings, model, begun, error)
     if json_:
-        _json(result)
+        screens.as_json(result)
     else:
-        _print_outcome(result)
+        screens.print_outcome(result)
     return _code(result)
 
 
@@ -187,27 +176,29 @@ def _request(
     # A policy's path would be this machine's: where it is not this home's worker that reads it, its folder has its own.
     run = asking.ask(settings, asked)
     page = flowruns.page(settings, run.id)
-    _say(f"asked for: {page}")
+    screens.say(f"asked for: {page}")
     if not wait:
-        _json({"flow_run": run.id, "page": page}) if json_ else out.print(run.id)
+        screens.as_json({"flow_run": run.id, "page": page}) if json_ else out.print(run.id)
         return FINE
-    entry, run = asking.outcome(settings, run, seconds, _say)
+    entry, run = asking.outcome(settings, run, seconds, screens.say)
     from flows.drive import outcome
     from tasks import history
 
     if entry is None:
         why = run.message or run.state
         if run.type == "COMPLETED":
-            _json({"phase": run.state, "why": why, "page": page}) if json_ else out.print(escape(f"{run.state}: {why}"))
+            screens.as_json({"phase": run.state, "why": why, "page": page}) if json_ else out.print(
+                escape(f"{run.state}: {why}")
+            )
             return FINE
         if run.over:
             raise Mistake(f"nothing was promoted: {why} (its log is at {page})")
         raise Mistake(f"it did not begin within {timeout}, and is still asked for: {page}")
     result = {**outcome(history.stored(entry.run_id)), "page": page}
     if json_:
-        _json(result)
+        screens.as_json(result)
     else:
-        _print_outcome(result)
+        screens.print_outcome(result)
     return _code(result)
 
 
@@ -230,16 +221,6 @@ def _code(result: dict[str, Any]) -> int:
         return WAITING
     # The platform's errors are not the challenger's: a caller that waits must tell them apart.
     return ERROR if result["phase"] == "degraded" or result["outcome"] == "errored" else REFUSED
-
-
-def _print_outcome(result: dict[str, Any]) -> None:
-    style = STYLES.get(result["phase"], "")
-    at = f" at {result['step']}" if result["step"] else ""
-    out.print(f"{result['model']} v{result['challenger']}: [{style}]{result['phase']}[/]{at}")
-    out.print(f"  {escape(result['why'])}")
-    if result["phase"] == "awaiting approval":
-        out.print(f"  {escape(result.get('page', ''))}")
-    out.print(f"  titleshot explain {result['promotion']}")
 
 
 @app.command
@@ -265,9 +246,9 @@ def plan(model: str, /, *, policy: Path, rate: float | None = None, json_: Json 
     steps = planning.plan(settings_target(settings), asked, registry.aliased(model, registry.CHAMPION), rate)
     took = planning.usual(model)
     if json_:
-        _json(planning.as_json(steps, took, policy))
+        screens.as_json(planning.as_json(steps, took, policy))
     else:
-        _print_plan(steps, took)
+        screens.print_plan(steps, took)
     return FINE if all(step.decidable for step in steps) else REFUSED
 
 
@@ -289,9 +270,11 @@ def replay(promotion: str, /, *, policy: Path | None = None, days: int = 365, js
     asked = None if policy is None else read_policy(policy)[1]
     found = replaying.again(promotion, asked, timedelta(days=days))
     if json_:
-        _json([dataclasses.asdict(one) | {"replayed": json.loads(one.replayed.model_dump_json())} for one in found])
+        screens.as_json(
+            [dataclasses.asdict(one) | {"replayed": json.loads(one.replayed.model_dump_json())} for one in found]
+        )
     else:
-        _print_replay(found, other=policy is not None)
+        screens.print_replay(found, other=policy is not None)
     return ERROR if any(one.changed for one in found) else FINE
 
 
@@ -312,9 +295,9 @@ def probe(model: str | None = None, /, *, requests: int = 5, slow_ms: float | No
     _refuse_down(settings, target.supervisor.up())
     found = asking.as_dict(asking.probe(settings, target, model, requests=requests, slow_ms=slow_ms))
     if json_:
-        _json(found)
+        screens.as_json(found)
     else:
-        _print_probe(found)
+        screens.print_probe(found)
     return ERROR if found["problems"] else FINE
 
 
@@ -335,7 +318,7 @@ def labels(promotion: str, file: Path, /, *, policy: Path | None = None, json_: 
     asked = None if policy is None else read_policy(policy)[1]
     found = hindsight.judge_again(promotion, file, asked, settings.home / "promotions")
     if json_:
-        _json([json.loads(one.verdict.model_dump_json()) for one in found])
+        screens.as_json([json.loads(one.verdict.model_dump_json()) for one in found])
     else:
         for one in found:
             out.print(
@@ -362,7 +345,7 @@ def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> 
 
     target = settings_target(settings)
     _refuse_down(settings, target.supervisor.up())
-    with listening(_say):
+    with listening(screens.say):
         # Before anything that takes seconds to import, or that may not answer.
         ordered = swap.order(settings, target, model, reason).id
         from flows.rollback import rollback as flow
@@ -371,10 +354,10 @@ def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> 
         if settings.answers(settings.prefect):
             result = flow(model=model, reason=reason, ordered=ordered)
         else:
-            _say("Prefect does not answer: this rollback has no flow run")
+            screens.say("Prefect does not answer: this rollback has no flow run")
             result = run(model, reason, ordered)
     if json_:
-        _json(result)
+        screens.as_json(result)
     elif result["phase"] == "rolled back":
         out.print(f"{model}: [bold]v{result['to']}[/] is champion again: {escape(result['why'])}")
     else:
@@ -400,7 +383,7 @@ def recover(model: str | None = None, /, *, json_: Json = False) -> int:
     _refuse_down(settings, target.supervisor.up())
     if model is not None and model not in target.models():
         raise Mistake(f"{model} is not served here: `titleshot status` lists what is", code=WRONG_USE)
-    with listening(_say):
+    with listening(screens.say):
         from flows.recover import follow
         from flows.recover import recover as bring
 
@@ -410,7 +393,7 @@ def recover(model: str | None = None, /, *, json_: Json = False) -> int:
         ]
     ended = [one for one in done if one is not None]
     if json_:
-        _json(ended)
+        screens.as_json(ended)
     else:
         for one in ended:
             out.print(f"{one['promotion']}: [{STYLES.get(one['phase'], '')}]{one['phase']}[/]  {escape(one['why'])}")
@@ -435,11 +418,11 @@ def watch(*, every: float | None = None) -> int:
     if every is not None:
         from tasks.lookout import for_ever
 
-        for_ever(settings, target, every, _say)
+        for_ever(settings, target, every, screens.say)
     from flows.watch import run
     from tasks.progress import listening
 
-    with listening(_say):
+    with listening(screens.say):
         found = run()
     if not found["recovered"] and not found["problems"]:
         out.print("all is well")
@@ -456,7 +439,7 @@ def due(*, json_: Json = False) -> int:
 
     found = triggers.preview(settings, settings_target(settings))
     if json_:
-        _json(found)
+        screens.as_json(found)
         return ERROR if found["problems"] else FINE
     does = {"ask": "[green]starts[/]", "wait": "[yellow]waits[/]", "leave": "[dim]left alone[/]"}
     for one in found["due"]:
@@ -489,11 +472,11 @@ def serve(model: str, /, *, warm: int | None = None, json_: Json = False) -> int
     target, left_out = settings_target(settings), {}
     _refuse_down(settings, target.supervisor.up())
     if warm is not None:
-        with listening(_say):
+        with listening(screens.say):
             left_out = pool.serve(settings, target, model, warm)
     found = pool.look(target, model)
     if json_:
-        _json({**found, "left_out": left_out})
+        screens.as_json({**found, "left_out": left_out})
         return FINE
     out.print(f"[bold]{model}[/]  POST {found['gateway']}/invocations")
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -545,7 +528,7 @@ def route(
     _refuse_down(settings, target.supervisor.up())
     traffic = shape.route(target, model, asked) if asked.anything else shape.obeyed(target, model)
     if json_:
-        _json(shape.as_json(traffic, target.gateway(model)))
+        screens.as_json(shape.as_json(traffic, target.gateway(model)))
         return FINE
     out.print(f"[bold]{model}[/]  POST {target.gateway(model)}/invocations")
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -576,10 +559,10 @@ def webhook_install(*, url: str | None = None, json_: Json = False) -> int:
 
     found = webhooks.install(settings, url)
     if json_:
-        _json(dataclasses.asdict(found))
+        screens.as_json(dataclasses.asdict(found))
         return FINE
     if found.before is not None:
-        _say(f"it pointed at {found.before} before")
+        screens.say(f"it pointed at {found.before} before")
     out.print(f"MLflow at {settings.mlflow} tells {escape(found.url)} of: {', '.join(found.events)}")
     out.print("a test delivery has arrived, rightly signed")
     return FINE
@@ -594,7 +577,7 @@ def webhook_status(*, json_: Json = False) -> int:
 
     counts, found = webhooks.counts(settings), webhooks.look(settings)
     if json_:
-        _json({"webhook": None if found is None else dataclasses.asdict(found), "receiver": counts})
+        screens.as_json({"webhook": None if found is None else dataclasses.asdict(found), "receiver": counts})
     else:
         if found is None:
             out.print("[red]MLflow has no webhook of ours[/]: `titleshot webhook install`")
@@ -628,7 +611,7 @@ def history(model: str, /, *, json_: Json = False) -> int:
     registry.versions(model)
     found = record.entries(model)
     if json_:
-        _json([dataclasses.asdict(entry) for entry in found])
+        screens.as_json([dataclasses.asdict(entry) for entry in found])
         return FINE
     for e in found:
         way = f"v{e.champion} -> v{e.challenger}" if e.champion else f"v{e.challenger}"
@@ -654,12 +637,12 @@ def explain(promotion: str, /, *, json_: Json = False) -> int:
 
     entry = record.entry(promotion)
     if entry.kind == "by hand":
-        _json(dataclasses.asdict(entry)) if json_ else out.print(
+        screens.as_json(dataclasses.asdict(entry)) if json_ else out.print(
             f"{entry.id}: v{entry.challenger} took the place of v{entry.champion}: {entry.why}"
         )
         return FINE
     if entry.kind == "rollback":
-        _json(dataclasses.asdict(entry)) if json_ else out.print(
+        screens.as_json(dataclasses.asdict(entry)) if json_ else out.print(
             f"{entry.id}: v{entry.challenger} took the place of v{entry.champion} again: {entry.why}"
         )
         return FINE
@@ -747,13 +730,13 @@ def add(
     else:
         uri = approvers.enrol(home, name, now, anew=anew)
         if json_:
-            _json({"name": name, "uri": uri})
+            screens.as_json({"name": name, "uri": uri})
         else:
-            _print_uri(name, uri, approvers.secret_of(uri))
+            screens.print_uri(name, uri, approvers.secret_of(uri))
         return FINE
     (found,) = [one for one in approvers.enrolled(home) if one.name == name]
     if json_:
-        _json(dataclasses.asdict(found))
+        screens.as_json(dataclasses.asdict(found))
         return FINE
     out.print(f"{escape(name)} is enrolled with the key {found.key}")
     if key is not None:
@@ -768,7 +751,7 @@ def list_(*, json_: Json = False) -> int:
 
     found = approvers.enrolled(settings_of.load().home)
     if json_:
-        _json([dataclasses.asdict(one) for one in found])
+        screens.as_json([dataclasses.asdict(one) for one in found])
         return FINE
     if not found:
         out.print("nobody is enrolled: `titleshot approver add NAME`")
@@ -833,7 +816,7 @@ def approve(
     if promotion is not None and not waiting:
         raise Mistake(f"{promotion} does not wait for anybody: `titleshot approve` lists what does")
     if by is None:
-        _print_waiting(settings, waiting, json_=json_)
+        screens.print_waiting(settings, waiting, json_=json_)
         return FINE
     asked = _the_one(waiting)
     from tasks import approvers, flowruns
@@ -844,16 +827,16 @@ def approve(
     form = {"decision": decision, "approver": by, "code": code or "", "comment": comment}
     if token_only:
         if json_:
-            _json(form)
+            screens.as_json(form)
         else:
             sys.stdout.write(form["code"] + "\n")
             rest = f", comment: {comment}" if comment else ", no comment"
-            _say(f"for the form, within 10 minutes, with decision: {decision}, approver: {by}{rest}")
+            screens.say(f"for the form, within 10 minutes, with decision: {decision}, approver: {by}{rest}")
         return FINE
     _hand_in(settings, asked, form)
     page = flowruns.page(settings, asked.flow_run)
     if json_:
-        _json({"promotion": asked.subject.promotion, "decision": decision, "by": by, "page": page})
+        screens.as_json({"promotion": asked.subject.promotion, "decision": decision, "by": by, "page": page})
         return FINE
     what = f"{escape(asked.subject.promotion)} ({asked.subject.digest[:19]})"
     out.print(f"handed in: {escape(by)} says [bold]{decision}[/] to {what}")
@@ -904,54 +887,6 @@ def _hand_in(settings: settings_of.Settings, asked: Any, form: dict[str, str]) -
         time.sleep(0.5)
 
 
-def _print_waiting(settings: settings_of.Settings, waiting: list[Any], *, json_: bool) -> None:
-    from tasks import flowruns
-
-    rows = [
-        {
-            "promotion": one.subject.promotion,
-            "model": one.subject.promotion.rpartition("-v")[0],
-            "step": one.subject.step,
-            "round": one.round,
-            "requester": one.requester,
-            "until": f"{one.until:%Y-%m-%d %H:%M} UTC",
-            "subject": one.subject.digest,
-            "page": flowruns.page(settings, one.flow_run) if one.flow_run else "",
-        }
-        for one in waiting
-    ]
-    if json_:
-        _json(rows)
-        return
-    for row in rows:
-        out.print(
-            f"[bold]{escape(str(row['promotion']))}[/]  {escape(str(row['model']))}: asked for by "
-            f"{escape(str(row['requester'] or 'nobody by name'))}, until {row['until']}"
-        )
-        out.print(f"  bound to {str(row['subject'])[:19]}  {row['page']}")
-    if not rows:
-        out.print("no promotion waits for anybody")
-
-
-def _print_uri(name: str, uri: str, secret: str) -> None:
-    import io
-
-    import segno
-
-    code = segno.make(uri, error="l", micro=False)
-    if out.width >= code.symbol_size()[0]:
-        drawn = io.StringIO()
-        code.terminal(drawn, compact=True)
-        for line in drawn.getvalue().splitlines():
-            # Colours of its own: an inverted code, as a light terminal would show it, not every phone reads.
-            out.print(line, style="#ffffff on #000000", markup=False)
-    out.print(f"{escape(name)} is enrolled. Scan this with an authenticator, or type there:")
-    groups = " ".join(secret[at : at + 4] for at in range(0, len(secret), 4))
-    out.print(f"  secret   [bold]{groups}[/]")
-    out.print(f"  account  Titleshot:{escape(name)} (by time, 6 digits, 30 seconds)")
-    out.print("It is not shown again. Who sees it can approve in this name.")
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text()
@@ -991,7 +926,7 @@ def notify_test(*, json_: Json = False) -> int:
     wrong, found = notices.examine(settings), notices.test(settings)
     if json_:
         sent = {severity: [dataclasses.asdict(one) for one in done] for severity, done in found.items()}
-        _json({"problem": wrong, "sent": sent})
+        screens.as_json({"problem": wrong, "sent": sent})
     else:
         for severity, done in found.items():
             out.print(f"[bold]{severity}[/]{'' if done else ': no URL wants it'}")
@@ -1016,7 +951,7 @@ def doctor(*, mend: Flag = False, json_: Json = False) -> int:
         _mend()
     found = examine(settings_of.load())
     if json_:
-        _json([dataclasses.asdict(finding) for finding in found])
+        screens.as_json([dataclasses.asdict(finding) for finding in found])
     else:
         for finding in found:
             mark = "[green]ok  [/]" if finding.fine else "[red]MEND[/]"
@@ -1036,7 +971,7 @@ def _ended(settings: settings_of.Settings, model: str, begun: float, error: Exce
     last = agreed(settings_target(settings), model)
     if last is None or last.at < begun:
         raise error
-    _say(f"Prefect does not answer at {settings.prefect}: its flow run does not show how this ended")
+    screens.say(f"Prefect does not answer at {settings.prefect}: its flow run does not show how this ended")
     return outcome(history.stored(history.entry(last.promotion).run_id))
 
 
@@ -1047,7 +982,7 @@ def _mend() -> None:
     from tasks.status import status as look
 
     settings = settings_of.load()
-    with listening(_say):
+    with listening(screens.say):
         for one in look(settings)["models"]:
             if one["problems"]:
                 from flows.recover import mend
@@ -1062,138 +997,6 @@ def _status() -> dict[str, Any]:
     from tasks.status import status as look
 
     return look(settings_of.load())
-
-
-def _print_status(found: dict[str, Any]) -> None:
-    if not found["up"]:
-        out.print(f"[red]nothing is up[/] in {found['home']}: start it with `titleshot up`")
-        return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("program", "state", "pid", "address"):
-        table.add_column(column)
-    for program in found["programs"]:
-        state = program["state"]
-        table.add_row(
-            program["name"],
-            f"[{STYLES.get(state, 'red')}]{state}[/]",
-            str(program["pid"]),
-            program["address"],
-        )
-    out.print(table)
-    for model in found["models"]:
-        challenger = (
-            f", v{model['challenger']} answers {model['weight']:g}% and mirrors {model['mirror']:g}%"
-            if model["challenger"]
-            else ""
-        )
-        out.print(f"\n[bold]{model['model']}[/]: v{model['serving']} serves{challenger}")
-        out.print(f"  POST {model['gateway']}/invocations")
-        if model["fallback"]:
-            out.print(f"  [dim]where it fails, v{model['fallback']} answers[/]")
-        if model["under_way"]:
-            out.print(f"  [yellow]under way: {escape(model['under_way'])}[/]")
-        for problem in model["problems"]:
-            out.print(f"  [red]{escape(problem)}[/]")
-
-
-def _print_plan(steps: list[Any], took: dict[str, float]) -> None:
-    from validations.monitor import duration
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("step", "takes", "check", "passes after", "stops from"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("step", "passes after", "stops from"))
-    for step in steps:
-        if step.seconds is None:
-            takes = f"{duration(took[step.step])} last time" if step.step in took else ""
-        else:
-            takes = duration(step.seconds) + (f" to {duration(step.long)}" if step.long > step.seconds * 1.2 else "")
-        rows = [
-            (
-                f"{escape(check.metric)} [dim]{check.bound}[/]",
-                f"{check.requests:,} requests" if check.requests else "[red]never[/]",
-                check.smallest,
-            )
-            for check in step.checks
-        ] or [("", "", "")]
-        for index, row in enumerate(rows):
-            table.add_row(*(("", "") if index else (f"[bold]{escape(step.step)}[/]", takes)), *row)
-    out.print(table)
-    for step in steps:
-        for check in step.checks:
-            if check.mend:
-                out.print(f"[red]{escape(step.step)}: {escape(check.metric)}[/] {escape(check.mend)}")
-    known = sum(step.seconds or took.get(step.step, 0.0) for step in steps)
-    out.print(f"\nabout {duration(known)} in all, for a challenger that is like the champion")
-
-
-def _print_replay(found: list[Any], *, other: bool) -> None:
-    for one in found:
-        if not other:
-            same = (
-                f"[red]not the same at {', '.join(one.changed)}[/]" if one.changed else "[green]the same to the bit[/]"
-            )
-            out.print(f"[bold]{one.id}[/]  {escape(one.was)}: {same}")
-            continue
-        mark = "[yellow]otherwise[/]" if one.otherwise else "[dim]as it was[/]"
-        out.print(f"[bold]{one.id}[/]  was {escape(one.was)}; now {escape(one.replayed.ended)}  {mark}")
-        last = one.replayed.steps[-1].verdict
-        if one.otherwise and last is not None:
-            out.print(f"    {escape(last.why)}")
-    if other and len(found) > 1:
-        out.print(f"{sum(one.otherwise for one in found)} of {len(found)} promotions would have ended otherwise")
-
-
-def _print_probe(found: dict[str, Any]) -> None:
-    table = Table(box=None, header_style="dim")
-    for column in ("model", "version", "role", "answered", "median", "slowest"):
-        table.add_column(column)
-    for model in found["models"]:
-        for one in model["versions"]:
-            times = ("-" if one[key] is None else f"{one[key]:.0f} ms" for key in ("median_ms", "slowest_ms"))
-            table.add_row(
-                escape(model["model"]),
-                f"v{one['version']}",
-                one["role"],
-                f"{one['sent'] - one['failed']} of {one['sent']}",
-                *times,
-            )
-    out.print(table)
-    for problem in found["problems"]:
-        out.print(f"[red]{escape(problem)}[/]")
-
-
-def _print_demo(result: dict[str, Any]) -> None:
-    table = Table(
-        title=f"\n{result['model']}: six challengers, one policy",
-        title_justify="left",
-        header_style="dim",
-        box=None,
-        pad_edge=False,
-    )
-    for column in ("challenger", "phase", "step", "why"):
-        table.add_column(column, overflow="fold", no_wrap=column != "why")
-    for row in result["challengers"]:
-        style = STYLES.get(row["phase"], "")
-        table.add_row(row["challenger"], f"[{style}]{row['phase']}[/]", row["step"], escape(row["why"]))
-    out.print(table)
-    live = result["live"]
-    colour = "green" if live["failed"] == 0 else "red"
-    out.print(
-        f"\nlive requests: {live['requests']:,}, failed: [{colour}]{live['failed']}[/], in {result['seconds']:.0f} s"
-    )
-    for name, address in result["addresses"].items():
-        out.print(f"  {name:<8} {address}")
-    out.print("\nnext:")
-    for line in result["next"]:
-        out.print(f"  {line}")
-
-
-def _say(text: str) -> None:
-    err.print(escape(text), style="dim" if text.startswith(" ") else "")
-
-
-def _json(data: object) -> None:
-    sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from prefect.exceptions import Pause
 
 from deployments.target import StaleFence, TargetError, TargetUnavailable
 from flows.approval import Waits, approval, hold, let_go
-from tasks import custom, history, hook, load, notify, pool, registry, report, serving, validate
+from tasks import approve, custom, history, hook, load, notify, pool, registry, report, serving, validate
 from tasks.agreement import Unrecorded, patiently, without
 from tasks.context import Context, Judged, Seen
 from tasks.journal import Open, opened
@@ -271,7 +271,8 @@ def _close(context: Context, promotion: Promotion, record: history.Record) -> No
     """Take down what is needed no more, write report and description, and end the journal: all of it repeatable."""
     model, number = context.model, promotion.challenger
     passed = promotion.stopped_by is None
-    serving_now = number if passed else promotion.champion
+    # Who reigns may be another than when it began: a hand may have moved the champion while it waited.
+    serving_now = number if passed else (context.champion.number if context.champion else None)
     before = promotion.champion if passed else context.previous
     digests = {number: promotion.digest}
     context.blamed = frozenset(pool.blamed(model))
@@ -285,6 +286,8 @@ def _close(context: Context, promotion: Promotion, record: history.Record) -> No
     history.keep(record.run_id, page, "report")
     history.describe(record.run_id, f"{report.markdown(promotion)}\n\n[The version]({links['version']})")
     history.finish(record.run_id)
+    if _approvals(promotion):
+        approve.asks_no_more(promotion)
     if context.champion is not None and context.champion.recorded:
         digests[context.champion.number] = context.champion.recorded
     # What is written is what serves, should that be another version after a rollback that failed.

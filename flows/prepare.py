@@ -71,6 +71,7 @@ def resumed(settings: Settings, target: ServingTarget, model: str, fence: Fence,
     """
     now = left.promotion
     assert now is not None
+    champion, previous = swap.reigning(target, left)
     made = context(
         settings,
         target,
@@ -79,12 +80,12 @@ def resumed(settings: Settings, target: ServingTarget, model: str, fence: Fence,
         identifier=left.id,
         policy=now.policy,
         base=Path(left.base or settings.home),
-        champion=swap.reigning(target, left),
+        champion=champion,
         challenger=contender(registry.find(model, now.challenger), settings),
         anew=bool((left.tags or {}).get("anew")),
     )
     made.ledger = ledger_of(now, history.evidence(history.entry(left.id).run_id, now))
-    made.previous, made.blamed = left.previous, left.blamed
+    made.previous, made.blamed = previous, left.blamed
     made.reference = None if left.reference is None else Arm.model_validate(left.reference)
     traffic = target.traffic(model)
     if traffic is not None:

@@ -363,6 +363,7 @@ def _settle(context: Context) -> None:
     if traffic is None:
         say(f"{context.champion.registered.name} is the champion and is not served here yet: serving it")
         target.deploy(context.champion.version(context.settings.env_manager), context.fence)
+        registry.move(model, registry.CHAMPION, number, of=(number,), guard=context.guard())  # and its stage
     elif traffic.champion != number:
         raise Mistake(
             f"the gateway serves {model} v{traffic.champion} and the alias champion names v{number}: "

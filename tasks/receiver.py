@@ -72,7 +72,10 @@ class Receiver:
             return self._fail("ids not kept", f"{what}: {error}")
         done = "taken" if why is None else "known" if not new else "nothing"
         self._count(self._done, done)
-        log.info("%s %s: %s", delivery.id, what, why or f"v{delivery.version} asks to be promoted: Prefect knows")
+        if webhooks.asks(delivery) is not None:
+            # Each tag that a promotion sets is an event as well: those are only counted.
+            said = why or f"v{delivery.version} asks to be promoted: Prefect knows"
+            log.info("%s %s: %s", delivery.id, what, said)
         answer = {"delivery": delivery.id, "done": "event" if why is None else "nothing"}
         return 200, answer if why is None else {**answer, "why": why}
 

@@ -288,7 +288,7 @@ def rollback(context: Context) -> Seen:
     began, stopped = context.stopped or (now, now)
     obeyed = max(stopped, now + seconds)
     measured, words = rollback_time(target, model, challenger, after=began, stopped=stopped, obeyed=obeyed)
-    if challenger != context.previous:
+    if challenger not in (context.previous, old):
         target.retire(model, challenger, context.fence)
 
     def tell() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 from deployments.local.target import LocalTarget
 from deployments.target import TargetError
-from tasks import moved, webhooks
-from tasks.journal import agreed, opened
+from tasks import flowruns, moved, webhooks
+from tasks.journal import Open, agreed, opened
 from tasks.moved import said, sides
 from tasks.registry_rest import Refused, Unanswered
 from tasks.settings import Mistake, Settings
@@ -79,6 +79,7 @@ def _model(settings: Settings, target: LocalTarget, model: str) -> dict[str, Any
         "alias": facts.alias if facts else None,
         "journal": last.champion if last else None,
         "under_way": left.id if left is not None and under_way else None,
+        "waits": _waits(settings, left) if left is not None and under_way else "",
         "problems": problems,
         "follow": follow,
         "agrees": traffic is not None and not problems,
@@ -92,6 +93,16 @@ def _moment(target: LocalTarget, model: str) -> tuple[int, str]:
     """Another one whenever something begins, goes on or ends."""
     lines, holder = target.journal(model), target.holder(model)
     return lines[-1].number if lines else 0, holder.name if holder is not None and holder.left > 0 else ""
+
+
+def _waits(settings: Settings, left: Open) -> str:
+    """What a promotion waits for, in words; empty where it does not."""
+    if left.held:
+        return left.held
+    if left.asked is None or not left.waiting:
+        return ""
+    until = f"{left.asked.until:%Y-%m-%d %H:%M} UTC"
+    return f"for people, until {until}: {flowruns.page(settings, left.flow_run)}" if left.flow_run else f"until {until}"
 
 
 def _disagreements(settings: Settings, facts: moved.Facts) -> tuple[list[str], str | None]:

@@ -21,11 +21,15 @@ def offline(model: str, number: str, digest: str, settings: Settings) -> Contend
     return Contender(known, registry.local_path(known, settings.home), digest, digest)
 
 
-def reigning(target: ServingTarget, left: Open) -> str | None:
-    """Who is champion while a promotion goes on: who was when it began, or who became it by hand while it waited."""
+def reigning(target: ServingTarget, left: Open) -> tuple[str | None, str | None]:
+    """Who is champion while a promotion goes on, and who was before: those from when it began, or those whom a hand
+    made it while the promotion waited.
+    """
     assert left.promotion is not None
     last = agreed(target, left.model)
-    return last.champion if last is not None and last.at > left.began else left.promotion.champion
+    if last is not None and last.at > left.began:
+        return last.champion, last.previous
+    return left.promotion.champion, left.previous
 
 
 def resumed(settings: Settings, target: ServingTarget, model: str, fence: Fence, left: Open) -> Context:
@@ -35,7 +39,10 @@ def resumed(settings: Settings, target: ServingTarget, model: str, fence: Fence,
     now = left.promotion
     if now is not None:
         digests[now.challenger] = now.digest
-    champion, challenger = (reigning(target, left), now.challenger) if now is not None else (left.of, left.to)
+    champion: str | None = left.of
+    challenger, previous = left.to, left.previous
+    if now is not None:
+        (champion, previous), challenger = reigning(target, left), now.challenger
     traffic = target.traffic(model)
     context = Context(
         id=left.id,
@@ -47,7 +54,7 @@ def resumed(settings: Settings, target: ServingTarget, model: str, fence: Fence,
         folder=settings.home / "promotions" / left.id,
         champion=None if champion is None else offline(model, champion, digests.get(champion, ""), settings),
         challenger=offline(model, challenger, digests.get(challenger, ""), settings),
-        previous=left.previous,
+        previous=previous,
         blamed=left.blamed,
         policy=None if now is None else now.policy,
     )

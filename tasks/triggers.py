@@ -19,8 +19,10 @@ from tasks.policies import policies_of
 from tasks.registry import CHALLENGER, CHAMPION, TAG
 from tasks.settings import Mistake, Settings
 
-PAUSES = (timedelta(minutes=1), timedelta(minutes=5), timedelta(minutes=15))
-"""How long after its last run a challenger is asked for again: so often, where its runs fail."""
+PAUSES = (timedelta(seconds=10), timedelta(minutes=1), timedelta(minutes=5), timedelta(minutes=15))
+"""How long after its last run a challenger is asked for again: so often, where its runs fail. The first is short: a run
+that starts while Prefect's server restarts crashes at once, which is no fault of the challenger.
+"""
 LOST = timedelta(minutes=10)
 """A run that goes on for this long and holds no lease has lost its process; Prefect does not notice."""
 LATE = timedelta(minutes=10)
@@ -399,12 +401,15 @@ def _intent(settings: Settings, one: Due, runs: Sequence[_Run], now: datetime) -
         ended = "was cancelled" if cancelled else "found nothing to do"
         return Intent(one, "leave", f"its run {ended}: {where}; {by_hand}")
     failures = [run for run in runs if run.failed(now)]
-    if len(failures) > len(PAUSES):
+    # Runs of several events begin together and fail together: they count as one.
+    tries = len({run.attempt for run in failures})
+    if tries > len(PAUSES):
         said = failures[-1].message or "its process is gone"
         why = f"{one.name}: {len(failures)} runs ended before its promotion began, the last one so: {said}: {where}"
         return Intent(one, "leave", f"{why}; {by_hand}", problem=True)
-    # However often it was put off, because another promotion of the model was under way: its time comes.
-    again = last.at + PAUSES[min(len(runs), len(PAUSES)) - 1]
+    # However often it was put off, because another promotion of the model was under way: its time comes, and that is
+    # soon, since it is looked at only while its model is free.
+    again = last.at + PAUSES[tries - 1 if last.failed(now) else 0]
     ended = "failed" if last.failed(now) else "was put off"
     if now < again:
         return Intent(one, "wait", f"its last run {ended}, it is asked for again at {again:%H:%M:%S} UTC: {where}")

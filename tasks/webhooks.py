@@ -132,14 +132,21 @@ def verify(secret: str, headers: Mapping[str, str], body: bytes, now: float) -> 
     )
 
 
+def asks(delivery: Delivery) -> str | None:
+    """The word of a policy's `trigger` by which this event asks for a promotion. None by none: most events are tags
+    that a promotion itself sets, and no policy is read for them.
+    """
+    asked = (delivery.event, delivery.named, delivery.value)
+    return next((word for word, event in ASKS.items() if event == asked), None)
+
+
 def why_not(settings: Settings, delivery: Delivery) -> str | None:
     """Why this event starts no promotion, in words; None where it does. Raises `Mistake` where the model's policy
     cannot be used.
     """
-    asked = (delivery.event, delivery.named, delivery.value)
-    # Most events are tags that a promotion itself sets: no policy is read for them.
-    word = next((word for word, asks in ASKS.items() if asks == asked), None)
+    word = asks(delivery)
     if word is None:
+        asked = (delivery.event, delivery.named, delivery.value)
         return f"{' '.join((delivery.event, *(repr(one) for one in asked[1:] if one)))} starts no promotion"
     own = policy_of(settings, delivery.model)
     if own is None:

@@ -2,11 +2,13 @@
 again.
 """
 
+import itertools
 import os
 import random
 import shutil
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -50,11 +52,14 @@ def settings() -> Iterator[Any]:
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_a_thousand_deliveries(settings: Any, tmp_path: Path) -> None:
-    """Twelve challengers of eight models, asked for two or three times each. Each has exactly one promotion in the
-    history in the end, those of which nothing arrived included; the forgeries, one in three, are all refused and the
-    version that they ask for is never looked at. Deliveries that come after all was done change nothing."""
+    """Twelve challengers of eight models, asked for two or three times each, and 1,000 deliveries within 200 seconds,
+    in which MLflow, Prefect and the receiver restart twice or more (12 minutes on two cores). Each challenger has
+    exactly one promotion in the history in the end, those of which nothing arrived included; the forgeries, one in
+    three, are all refused and the version that they ask for is never looked at. Deliveries that come after all was
+    done change nothing."""
     from tasks import registry, stack, webhooks
 
+    began = time.monotonic()
     target, client, secret = stack.settings_target(settings), registry.client(), webhooks.secret(settings)
     chance = random.Random(7)
     for model, trigger in ASKS.items():
@@ -81,8 +86,9 @@ def test_a_thousand_deliveries(settings: Any, tmp_path: Path) -> None:
 
         def restart_again_and_again() -> None:
             ways = deliveries.restarts(settings, target)
-            while not over.wait(15):
-                name = chance.choice(("receiver", "receiver", "prefect", "mlflow"))
+            for name in itertools.cycle(("prefect", "receiver", "mlflow")):
+                if over.wait(8):
+                    return
                 ways[name]()
                 times[name] += 1
 
@@ -93,17 +99,15 @@ def test_a_thousand_deliveries(settings: Any, tmp_path: Path) -> None:
         finally:
             over.set()
             restarting.join()
-        for name, way in deliveries.restarts(settings, target).items():
-            if not times[name]:
-                way()
         forged = deliveries.refused_forgeries(answers)
         assert len(answers) == TOTAL
         assert forged.total() == TOTAL // 3
         assert set(forged) == set(deliveries.FORGERIES)
+        assert min(times[name] for name in ("prefect", "receiver", "mlflow")) >= 2, times
 
         deliveries.settled(settings, challengers, 1800)
-        answers = deliveries.deliver(receiver, deliveries.late(lost, secret), 10, chance, patience=60)
-        assert {status for _, status in answers} <= {200}
+        belated = deliveries.deliver(receiver, deliveries.late(lost, secret), 10, chance, patience=60)
+        assert {status for _, status in belated} <= {200}
         deliveries.run_more(settings, ("tag-1", "2"), 1)
         found = deliveries.settled(settings, challengers, 600)
     assert set(found) == set(challengers)
@@ -113,4 +117,7 @@ def test_a_thousand_deliveries(settings: Any, tmp_path: Path) -> None:
     # It was put to the test: most challengers were asked for more than once.
     assert sum(runs.values()) > len(challengers) + 4, runs
     print(f"restarts: {dict(times)}; forgeries: {dict(forged)}; phases: {Counter(p[0] for p in found.values())}")
-    print(f"flow runs: {sum(runs.values())} for {len(challengers)} challengers")
+    unwell = deliveries.unwell(settings, list(ASKS))
+    print(f"flow runs: {sum(runs.values())} for {len(challengers)} challengers, of which ended badly: {unwell}")
+    print(f"answers: {Counter((one.kind == 'genuine', status) for one, status in answers)}")
+    print(f"took {time.monotonic() - began:.0f} s")

@@ -4,17 +4,22 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pandas as pd
+import pyotp
 import pytest
 
 from deployments.local.supervisor import wait_for
+from tasks import approvers
+from tasks.flowruns import Unanswered
 
 COLUMNS = ["x", "y", "segment"]
 
@@ -69,6 +74,44 @@ def worker(stack: Any, settings: Any) -> Iterator[Any]:
     wait_for(works, 120, f"the worker does not come: {stack.supervisor.log('worker')}", every=0.3)
     yield stack.supervisor
     stack.supervisor.remove("worker")
+
+
+class People:
+    """Approvers with their authenticators."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.secrets: dict[str, str] = {}
+        self.used: dict[str, int] = {}
+
+    def enrol(self, name: str) -> None:
+        uri = approvers.enrol(self.home, name, datetime.now(UTC), anew=True)
+        self.secrets[name] = approvers.secret_of(uri)
+
+    def code(self, name: str) -> str:
+        """A code that was not used yet, of this step or the next one."""
+        step = max(int(datetime.now(UTC).timestamp()) // 30, self.used.get(name, 0) + 1)
+        self.used[name] = step
+        return str(pyotp.TOTP(self.secrets[name]).at(step * 30))
+
+
+@pytest.fixture(scope="session")
+def people(home: Path, stack: Any) -> People:
+    made = People(home)
+    for name in ("ana", "bo"):
+        made.enrol(name)
+    return made
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str, said: Callable[[], str] = str) -> Any:
+    """What `condition` returns, once that is something; `said` adds what explains why it is not."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(Unanswered):
+            if found := condition():
+                return found
+        time.sleep(0.3)
+    pytest.fail(f"{what} within {seconds:g} s\n{said()}")
 
 
 def promote(**arguments: Any) -> Any:

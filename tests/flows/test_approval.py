@@ -1,7 +1,7 @@
 """Approvals on a real stack: the run is suspended, people prove who they are, and the promotion goes on where it stood."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,37 +13,10 @@ from deployments.local.supervisor import wait_for
 from tasks import approve, approvers, flowruns, history, registry
 from tasks.journal import opened
 from tasks.settings import Mistake
-from tests.flows.conftest import Maker, promote
+from tests.flows.conftest import Maker, People, promote
 
 INTEGRITY = {"kind": "integrity"}
 APPROVAL = {"kind": "approval", "approvers": ["ana", "bo"]}
-
-
-class People:
-    """Approvers with their authenticators."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.secrets: dict[str, str] = {}
-        self.used: dict[str, int] = {}
-
-    def enrol(self, name: str) -> None:
-        uri = approvers.enrol(self.home, name, datetime.now(UTC), anew=True)
-        self.secrets[name] = approvers.secret_of(uri)
-
-    def code(self, name: str) -> str:
-        """A code that was not used yet, of this step or the next one."""
-        step = max(int(datetime.now(UTC).timestamp()) // 30, self.used.get(name, 0) + 1)
-        self.used[name] = step
-        return pyotp.TOTP(self.secrets[name]).at(step * 30)
-
-
-@pytest.fixture(scope="module")
-def people(home: Path, stack: Any) -> People:
-    made = People(home)
-    for name in ("ana", "bo"):
-        made.enrol(name)
-    return made
 
 
 def state(settings: Any, run: str) -> str:
@@ -75,6 +48,7 @@ def over(settings: Any, run: str) -> str:
     return run
 
 
+@pytest.mark.long
 def test_people_decide(
     stack: Any, worker: Any, settings: Any, maker: Maker, policy: Callable[..., Path], people: People
 ) -> None:
@@ -117,6 +91,19 @@ def test_people_decide(
     assert not approve.pending(settings)
 
 
+@pytest.fixture
+def alone(settings: Any, stack: Any) -> Iterator[None]:
+    """No worker takes up what is handed over, should the session have one: the test itself goes on with it."""
+    import httpx
+
+    def pause(paused: bool) -> None:
+        httpx.patch(f"{settings.prefect}/work_pools/titleshot", json={"is_paused": paused}, timeout=10)
+
+    pause(True)
+    yield
+    pause(False)
+
+
 def waits(maker: Maker, policy: Callable[..., Path], *gates: dict[str, Any], **asked: Any) -> tuple[str, str, str]:
     """A champion, and a challenger whose promotion waits for people; returns both and the promotion."""
     champion, challenger = maker.version(), maker.version(seed=1)
@@ -147,7 +134,7 @@ def hand_in(settings: Any, stack: Any, model: str, promotion: str, **form: str) 
 
 
 def test_nothing_is_gained_by_what_proves_nobody(
-    stack: Any, settings: Any, maker: Maker, policy: Callable[..., Path], people: People
+    stack: Any, settings: Any, maker: Maker, policy: Callable[..., Path], alone: None, people: People
 ) -> None:
     """What was shown and is no more so, a token for something else, one's own request: each is refused with its reason,
     and asked again; after five the promotion ends, and blames nobody.
@@ -189,7 +176,7 @@ def test_nothing_is_gained_by_what_proves_nobody(
 
 
 def test_time_hands_and_artifacts_end_what_waits(
-    stack: Any, settings: Any, maker: Maker, policy: Callable[..., Path], people: People
+    stack: Any, settings: Any, maker: Maker, policy: Callable[..., Path], alone: None, people: People
 ) -> None:
     """An approval that expired ends without blame, or with it where the policy says so; one who objects blames."""
     from flows.recover import recover
@@ -216,7 +203,7 @@ def client_tags(model: str, number: str) -> dict[str, str]:
 
 
 def test_nothing_is_promoted_in_quiet_hours(
-    stack: Any, settings: Any, maker: Maker, tmp_path: Path, policy: Callable[..., Path], people: People
+    stack: Any, settings: Any, maker: Maker, tmp_path: Path, policy: Callable[..., Path], alone: None, people: People
 ) -> None:
     """An approved challenger waits for the end of them, with all live requests on the champion; a rollback by hand
     meanwhile is of the champion, and what waited ends by it.

@@ -53,6 +53,7 @@ def test_prefect_may_be_away(
     assert stack.traffic(maker.model).champion == registry.aliased(maker.model, "champion") == champion
 
 
+@pytest.mark.long
 def test_a_hand_that_moves_the_alias_is_seen_and_mended(
     stack: Any, maker: Maker, policy: Policy, capfd: pytest.CaptureFixture[str]
 ) -> None:

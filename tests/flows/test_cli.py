@@ -205,6 +205,7 @@ def test_what_a_promotion_refuses_to_begin(said: Said, stack: Any, maker: Maker,
     assert (code, "is the champion already" in error) == (2, True)
 
 
+@pytest.mark.long
 def test_an_empty_reference_set_is_said(
     stack: Any, maker: Maker, policy: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:

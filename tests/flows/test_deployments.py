@@ -51,6 +51,7 @@ def test_an_event_starts_a_promotion(worker: Any, settings: Any) -> None:
     }
 
 
+@pytest.mark.long
 def test_the_worker_runs_promotion_probe_replay_and_rollback(
     worker: Any, settings: Any, maker: Maker, policy: Any
 ) -> None:

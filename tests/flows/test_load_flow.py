@@ -26,6 +26,7 @@ SEARCH = {
 WIDE = {"error_rate": {"max": 0.5}, "p50_ms": {"max": 5000}, "generator_lateness_ms": {"max": 5000}}
 
 
+@pytest.mark.long
 def test_the_capacity_is_found_beside_live_traffic(
     stack: Any, maker: Maker, policy: Callable[..., Path], tmp_path: Path
 ) -> None:

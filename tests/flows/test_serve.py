@@ -121,6 +121,7 @@ def test_moving_to_a_warm_version_loads_nothing(stack: Any, maker: Maker, tmp_pa
     assert pids(stack) == {number: before[number] for number in ("2", "3")}
 
 
+@pytest.mark.long
 def test_traffic_is_shaped_by_hand(stack: Any, maker: Maker, ran: Ran) -> None:
     """`route` changes what it is asked to and nothing else, shows what was read back, and refuses what cannot be."""
     assert ran("serve", MODEL, "--warm", "3")[0] == 0

@@ -127,7 +127,7 @@ def test_tag_and_version(stack: Any, ours: Any, model: Any) -> None:
 
 
 def test_again(stack: Any, ours: Any, model: Any, deployment: str) -> None:
-    """A run that failed is asked for again after its pause, three times; then a person is told, once."""
+    """A run that failed is asked for again after its pause, four times; then a person is told, once."""
     name = model("alias")
     client().set_registered_model_alias(name, "challenger", "2")
     # The first is an event's: it has no tags of ours.
@@ -136,19 +136,19 @@ def test_again(stack: Any, ours: Any, model: Any, deployment: str) -> None:
     looked = triggers.due(ours, stack).due
     assert triggers.ask(ours, looked) == triggers.Asked()
     last, now = event, datetime.now(UTC)
-    for attempt, pause in enumerate((1, 5, 15), 1):
+    for attempt, pause in enumerate((10, 60, 300, 900), 1):
         flowruns.settle(ours, last, "FAILED", f"oh, number {attempt}")
         now = datetime.now(UTC)
-        assert triggers.ask(ours, looked, now + timedelta(minutes=pause - 0.1)) == triggers.Asked()
+        assert triggers.ask(ours, looked, now + timedelta(seconds=pause - 6)) == triggers.Asked()
         for _ in range(2):
-            triggers.ask(ours, looked, now + timedelta(minutes=pause + 0.1))
+            triggers.ask(ours, looked, now + timedelta(seconds=pause + 6))
         assert len(runs(ours, name)) == attempt
         (last,) = [run.id for run in runs(ours, name) if not run.over]
     flowruns.settle(ours, last, "CRASHED", "oh, the last one")
     told = [triggers.ask(ours, looked, now + timedelta(hours=hours)) for hours in (1, 50)]
     assert told[0] == told[1]
     assert told[0].news == []
-    assert "4 runs ended before its promotion began, the last one so: oh, the last one" in told[0].problems[0]
+    assert "5 runs ended before its promotion began, the last one so: oh, the last one" in told[0].problems[0]
     assert flowruns.page(ours, last) in told[0].problems[0]
     # One that had to leave it for later is no failure, and no answer either.
     other = model("tag")

@@ -225,12 +225,27 @@ CASES: dict[str, tuple[list[dict[str, Any]], str, int]] = {
     "on its way": ([flow_run("SCHEDULED", minutes(3))], "wait", 1),
     "under way": ([flow_run("RUNNING", minutes(9))], "wait", 1),
     "its process died unseen": ([flow_run("RUNNING", minutes(30))], "ask", 2),
-    "failed a moment ago": ([flow_run(FAILED, minutes(0.5))], "wait", 1),
-    "failed": ([flow_run(FAILED, minutes(2))], "ask", 2),
-    "crashed": ([flow_run("CRASHED", minutes(2))], "ask", 2),
-    "failed twice": ([flow_run(FAILED, minutes(9)), flow_run(FAILED, minutes(4), attempt=2)], "wait", 1),
-    "failed twice, long ago": ([flow_run(FAILED, minutes(9)), flow_run(FAILED, minutes(6), attempt=2)], "ask", 3),
-    "failed four times": ([flow_run(FAILED, minutes(60 - n), attempt=n) for n in (1, 2, 3, 4)], "leave", 1),
+    "failed a moment ago": ([flow_run(FAILED, minutes(0.1))], "wait", 1),
+    "failed": ([flow_run(FAILED, minutes(0.3))], "ask", 2),
+    "crashed": ([flow_run("CRASHED", minutes(0.3))], "ask", 2),
+    "failed twice": ([flow_run(FAILED, minutes(9)), flow_run(FAILED, minutes(0.8), attempt=2)], "wait", 1),
+    "failed twice, long ago": ([flow_run(FAILED, minutes(9)), flow_run(FAILED, minutes(2), attempt=2)], "ask", 3),
+    "failed three times": ([flow_run(FAILED, minutes(7 - n), attempt=n) for n in (1, 2, 3)], "wait", 1),
+    "failed four times": ([flow_run(FAILED, minutes(30 - n), attempt=n) for n in (1, 2, 3, 4)], "ask", 5),
+    "failed five times": ([flow_run(FAILED, minutes(60 - n), attempt=n) for n in (1, 2, 3, 4, 5)], "leave", 1),
+    "five events' runs crashed together": (
+        [flow_run("CRASHED", minutes(0.3), tags=[], idempotency_key=None, id=str(n)) for n in range(5)],
+        "ask",
+        1,
+    ),
+    "came too early after it had failed": (
+        [
+            *(flow_run(FAILED, minutes(20 - n), attempt=n) for n in (1, 2, 3)),
+            flow_run("COMPLETED", minutes(0.3), attempt=4, **LATER),
+        ],
+        "ask",
+        5,
+    ),
     "cancelled": ([flow_run(FAILED, minutes(60)), flow_run("CANCELLED", minutes(30), attempt=2)], "leave", 1),
     "had nothing to do": ([flow_run("COMPLETED", minutes(60))], "leave", 1),
     "came too early": ([flow_run("COMPLETED", minutes(60), **LATER)], "ask", 2),
@@ -258,13 +273,13 @@ def test_what_becomes_of_a_challenger(tmp_path: Path, case: str, monkeypatch: py
     assert intent.does == does, intent
     if does == "ask":
         assert intent.attempt == attempt
-    assert intent.problem == (case == "failed four times")
+    assert intent.problem == (case == "failed five times")
 
 
 def test_a_problem_that_stays_is_told_in_the_same_words(server: Server, settings: Settings) -> None:
     """Runs that keep failing, and one that no worker takes: with the page, so that it can be said once."""
     late = flow_run("SCHEDULED", minutes(20), state_name="Late")
-    for runs in (CASES["failed four times"][0], [late]):
+    for runs in (CASES["failed five times"][0], [late]):
         challenge(server, settings, runs)
         looked = triggers.due(settings, FakeTarget())
         told = [triggers.ask(settings, looked.due, NOW + minutes(n)).problems for n in (0, 7)]

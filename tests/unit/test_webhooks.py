@@ -384,8 +384,9 @@ def test_the_same_delivery_eight_times_at_once(world: World) -> None:
     assert len(world.prefect.events) == 1
 
 
-def test_an_event_that_does_not_matter(world: World) -> None:
-    """Answered well, with the reason; it is known from then on."""
+def test_an_event_that_does_not_matter(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """Answered well, with the reason, and counted, but not logged: there are many; it is known from then on."""
+    caplog.set_level(logging.INFO)
     content = body(ALIAS[0], {**ALIAS[1], "alias": "champion"})
     headers = signed(content)
     answer = world.post(content, headers)
@@ -396,6 +397,7 @@ def test_an_event_that_does_not_matter(world: World) -> None:
     assert world.post(content, headers).json()["why"] == "known already"
     assert world.prefect.events == []
     assert world.health() == {"taken": 0, "known": 1, "nothing": 1, "refused": {}, "again": {}}
+    assert [one for one in caplog.records if one.name == "titleshot.receiver"] == []
 
 
 @pytest.mark.parametrize("how", ["refuses", "gone"])
