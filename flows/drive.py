@@ -1,9 +1,10 @@
 """Carry one promotion to its end, fresh or left behind: journal, perform, judge, record, and close it in agreement."""
 
+import functools
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -54,6 +55,8 @@ class _Pen:
             self.behind = error
 
     def act(self, now: Promotion, step: Step) -> Verdict:
+        if self.context.paused is not None and _may_stand_still(self.context, step):
+            raise self.context.paused
         self.context.journal.step(step.name)
         if self.behind and step != ROLLBACK:
             return _errored(now, step, f"what was found cannot be recorded: {self.behind}")
@@ -98,7 +101,7 @@ def carry(
     except (StaleFence, Unrecorded, Waits):
         raise
     except Pause:
-        # Someone pressed Pause: the next step has not begun, and the champion has everything until someone resumes.
+        # Somebody pressed Pause: the next step has not begun, and the champion has everything until it is resumed.
         _give_back(context)
         context.journal.hold(None, "paused in the Prefect UI")
         raise
@@ -235,12 +238,38 @@ def _perform(context: Context, policy: Policy, step: Step, judged: Judged) -> Se
                 return cast("Seen", performer.fn(context, *arguments))
             time.sleep(1)
         return cast("Seen", performer.fn(context, *arguments))
-    seen: Seen = performer.with_options(task_run_name=step.name)(context, *arguments)
-    return seen
+    kept: list[Seen] = []
+    named = performer.with_options(task_run_name=step.name)
+    named.fn = _keeping(performer.fn, kept)
+    try:
+        return cast("Seen", named(context, *arguments))
+    except Pause as pause:
+        context.paused = pause
+        if kept:  # Prefect withholds what the step came to
+            return kept[-1]
+        if _may_stand_still(context, step):
+            raise
+        return cast("Seen", performer.fn(context, *arguments))
+
+
+def _keeping(work: Callable[..., Seen], kept: list[Seen]) -> Callable[..., Seen]:
+    @functools.wraps(work)
+    def keeping(*given: Any, **named: Any) -> Seen:
+        kept.append(work(*given, **named))
+        return kept[-1]
+
+    return keeping
+
+
+def _may_stand_still(context: Context, step: Step) -> bool:
+    """Whether a pause may be obeyed before `step`: not on the way back, and not while the challenger answers all."""
+    traffic = context.target.traffic(context.model)
+    return step != ROLLBACK and (traffic is None or traffic.champion != context.challenger.number)
 
 
 def _watched_by_prefect(context: Context) -> bool:
-    return FlowRunContext.get() is not None and context.settings.answers(context.settings.prefect)
+    there = FlowRunContext.get() is not None and context.paused is None
+    return there and context.settings.answers(context.settings.prefect)
 
 
 def _keep(context: Context, seen: Seen, step: Step) -> tuple[Artifact, ...]:
@@ -318,14 +347,7 @@ def _tidy(context: Context, champion: str | None, previous: str | None, unwanted
             target.route(wanted if champion == found_wanting else without(wanted, found_wanting), context.fence)
     except TargetError as error:
         say(f"{model} has no fallback for now: {error}")
-    for number in pool.spare(target, model, keep, unwanted):
-        try:
-            target.retire(model, number, context.fence)
-        except StaleFence:
-            raise
-        except TargetError as error:
-            # After a rollback that failed it may have traffic still: that is told, and the record goes on.
-            say(f"v{number} could not be taken down: {error}")
+    pool.take_down(target, model, pool.spare(target, model, keep, unwanted), context.fence)
     if context.challenger.path != registry.local_path(context.challenger.registered, context.settings.home):
         shutil.rmtree(context.challenger.path, ignore_errors=True)
 

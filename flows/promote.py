@@ -247,10 +247,11 @@ def _go_on(
 ) -> dict[str, Any]:
     """Go on with the promotion `name`, with the form that was `given` where there is one."""
     me = str(approval.own_run() or "")
+    if (now := opened(target, model)) is None or now.id != name:
+        return _ended(name)
     with leased_soon(target, model, f"{name} goes on ({secrets.token_hex(2)})") as fence:
         left = opened(target, model)
         if left is None or left.id != name or left.promotion is None:
-            say(f"{name} has ended: nothing is done twice")
             return _ended(name)
         context = prepare.resumed(settings, target, model, fence, left)
         if me and left.flow_run != me:
@@ -286,9 +287,8 @@ def _changed(left: Open, context: Context) -> str:
 
 
 def _ended(name: str) -> dict[str, Any]:
-    entry = history.entry(name)
-    promotion = history.stored(entry.run_id)
-    return outcome(promotion)
+    say(f"{name} has ended: nothing is done twice")
+    return outcome(history.stored(history.entry(name).run_id))
 
 
 def _refuse_busy(target: ServingTarget, model: str) -> None:

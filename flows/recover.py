@@ -259,23 +259,12 @@ def _followed(context: Context, left: Open) -> dict[str, Any]:
         history.rolled_back(left, phase, why, verdict, flow_run_tags())
 
     patiently(record, f"v{left.to} answers every live request")
-    _trim(context, {left.of, left.to, *traffic.live})
+    spare = pool.spare(target, model, {left.of, left.to, *traffic.live}, pool.blamed(model))
+    pool.take_down(target, model, spare, context.fence)
     context.journal.end(phase, left.to, left.of, digests)
     moved.forget(context.settings, model)
     say(f"{left.id}: {phase} - {seen.note}")
     return {**ends, "phase": phase, "why": f"{why}; {seen.note}" if passed else why}
-
-
-def _trim(context: Context, keep: set[str]) -> None:
-    """Take down what nobody needs any more."""
-    model, target = context.model, context.target
-    for number in pool.spare(target, model, keep, pool.blamed(model)):
-        try:
-            target.retire(model, number, context.fence)
-        except StaleFence:
-            raise
-        except TargetError as error:
-            say(f"v{number} could not be taken down: {error}")
 
 
 def mend(settings: Settings, model: str, patience: float) -> list[str]:

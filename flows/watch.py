@@ -4,7 +4,7 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
-from deployments.target import TargetError
+from deployments.target import LeaseHeld, TargetError
 from flows.recover import follow, recover
 from tasks.agreement import Unrecorded
 from tasks.lookout import Lookout
@@ -34,6 +34,8 @@ def run() -> dict[str, Any]:
     for model in found.left_behind:
         try:
             recovered.append(recover(settings, model, patience=0))
+        except LeaseHeld:  # somebody else is at it by now
+            continue
         except Unrecorded as error:
             problems.append(str(error))
     for model in found.to_follow:

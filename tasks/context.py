@@ -72,6 +72,8 @@ class Context:
     """What was asked of live traffic besides weights when the promotion began."""
     blamed: frozenset[str] = frozenset()
     """The versions that are quarantined: a previous champion that is answers nobody, not even where others fail."""
+    paused: BaseException | None = None
+    """Prefect's own signal, once somebody has pressed Pause: it ends this process where nothing is under way."""
     stopped: tuple[float, float] | None = None
     """Where a step did not pass: when it began, and when the judge stopped it (seconds since the epoch)."""
 

@@ -26,8 +26,8 @@ class Unanswered(Exception):
 @dataclass(frozen=True, slots=True)
 class FlowRun:
     """A flow run as Prefect has it. `type` is the state's type (SCHEDULED, PENDING, RUNNING, PAUSED, CANCELLING,
-    CANCELLED, COMPLETED, FAILED, CRASHED), `state` its name as people see it (`Suspended`, `Late`, ...), `runs` how
-    often it was started.
+    CANCELLED, COMPLETED, FAILED, CRASHED), `state` its name as people see it (`Suspended`, `Late`, ...), which it has
+    been in `since` then; `runs` is how often it was started.
     """
 
     id: str
@@ -35,6 +35,7 @@ class FlowRun:
     type: str
     state: str
     message: str
+    since: datetime
     runs: int
     deployment: str | None
     parameters: Mapping[str, Any]
@@ -138,6 +139,7 @@ def _run(data: Mapping[str, Any]) -> FlowRun:
         type=str(data.get("state_type") or ""),
         state=str(data.get("state_name") or ""),
         message=str(state.get("message") or ""),
+        since=datetime.fromisoformat(state.get("timestamp") or data["created"]),
         runs=int(data.get("run_count") or 0),
         deployment=data.get("deployment_id"),
         parameters=data.get("parameters") or {},

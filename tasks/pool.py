@@ -42,6 +42,17 @@ def spare(target: ServingTarget, model: str, keep: Collection[str | None], unwan
     return bad + (others[: len(others) - room] if room else others)
 
 
+def take_down(target: ServingTarget, model: str, numbers: Iterable[str], fence: Fence) -> None:
+    """Retire versions that nobody needs; what cannot be taken down (it may have traffic still) is told, and stays."""
+    for number in numbers:
+        try:
+            target.retire(model, number, fence)
+        except StaleFence:
+            raise
+        except TargetError as error:
+            say(f"v{number} could not be taken down: {error}")
+
+
 def blamed(model: str) -> dict[str, str]:
     """The versions of `model` that are quarantined, and why: one that was blamed itself, or has the same artifact."""
     found = {str(v.version): dict(v.tags) for v in registry.client().search_model_versions(f"name = '{model}'")}

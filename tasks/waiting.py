@@ -3,8 +3,7 @@
 Light, for `watch` runs for ever.
 """
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from deployments.target import ServingTarget
@@ -15,6 +14,8 @@ from tasks.settings import Mistake, Settings
 
 PATIENCE = 120.0
 """Seconds that a flow run has from being asked for until it holds the lease of its model."""
+BEGINS = 45.0
+"""Seconds that a flow run which has just started has until then."""
 MOST_RUNS = 3
 """How often a flow run is started; what it leaves behind then goes back."""
 MOST_REVIVED = 10
@@ -29,7 +30,6 @@ class Waiting:
 
     settings: Settings
     target: ServingTarget
-    _since: dict[str, float] = field(default_factory=dict)
 
     def tend(self, left: Open) -> bool:
         """Look after `left`, whose lease nobody holds. Returns whether it is to be brought to its end now, by
@@ -60,8 +60,8 @@ class Waiting:
         """
         if run is None or run.deployment is None or not _safe(left):
             return False
-        on_its_way = run.type in ("SCHEDULED", "PENDING") or (run.type == "RUNNING" and run.runs > 1)
-        if run.type == "PAUSED" or ((on_its_way or run.id in self._since) and self._waited(run) < PATIENCE):
+        patience = {"SCHEDULED": PATIENCE, "PENDING": PATIENCE, "RUNNING": BEGINS}.get(run.type, 0.0)
+        if run.type == "PAUSED" or _waited(run) < patience:
             return True
         return self._again(left, run)
 
@@ -70,22 +70,16 @@ class Waiting:
             return False
         message = f"{left.id} was left behind by its process: it goes on"
         flowruns.settle(self.settings, run.id, "SCHEDULED", message, "AwaitingRetry")
-        self._since[run.id] = time.monotonic()
         return True
-
-    def _waited(self, run: FlowRun) -> float:
-        return time.monotonic() - self._since.setdefault(run.id, time.monotonic())
 
     def _revive(self, left: Open, run: FlowRun | None) -> None:
         """Let a flow run go on with what waits, where there is none that will."""
         if run is not None and run.type == "PAUSED":
-            self._since.pop(run.id, None)
             return
         if run is not None and not run.over:
-            if self._waited(run) < PATIENCE or run.type == "SCHEDULED":
+            if _waited(run) < PATIENCE or run.type == "SCHEDULED":
                 return
             flowruns.settle(self.settings, run.id, "SCHEDULED", f"{left.id} waits: it goes on", "AwaitingRetry")
-            self._since[run.id] = time.monotonic()
             return
         if len(flowruns.tagged(self.settings, tag(left.id))) >= MOST_REVIVED:
             raise Mistake(
@@ -116,6 +110,10 @@ def ask_to_go_on(
 def tag(promotion: str) -> str:
     """The tag of the flow runs that go on with a promotion."""
     return f"promotion/{promotion}"
+
+
+def _waited(run: FlowRun) -> float:
+    return (datetime.now(UTC) - run.since).total_seconds()
 
 
 def _safe(left: Open) -> bool:

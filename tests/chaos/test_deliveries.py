@@ -53,7 +53,7 @@ def settings() -> Iterator[Any]:
 @pytest.mark.timeout(3000)
 def test_a_thousand_deliveries(settings: Any, tmp_path: Path) -> None:
     """Twelve challengers of eight models, asked for two or three times each, and 1,000 deliveries within 200 seconds,
-    in which MLflow, Prefect and the receiver restart twice or more (12 minutes on two cores). Each challenger has
+    in which MLflow, Prefect and the receiver restart twice or more (7 to 11 minutes on two cores). Each challenger has
     exactly one promotion in the history in the end, those of which nothing arrived included; the forgeries, one in
     three, are all refused and the version that they ask for is never looked at. Deliveries that come after all was
     done change nothing."""
