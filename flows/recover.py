@@ -67,7 +67,7 @@ def cancelled(settings: Settings, left: Open) -> str:
     """
     try:
         run = performer(settings, left)
-    except flowruns.Unanswered:
+    except (flowruns.Unanswered, Mistake):
         return ""
     if run is not None and run.type.startswith("CANCELL"):
         return "its flow run was cancelled in Prefect"

@@ -108,7 +108,8 @@ def perform(job: dict[str, Any]) -> Any:
     loaded = settings.load()
     match job["do"]:
         case "promote":
-            return promote.run(job["model"], Path(job["policy"]), job["version"], again=True, anew=True)
+            asks = promote.Asks(job["model"], Path(job["policy"]), job["version"], again=True, anew=True)
+            return promote.run(asks)
         case "rollback":
             if "after" in job:
                 _await_step(loaded, job["model"], job["after"])

@@ -274,6 +274,21 @@ def test_paused_before_people_are_asked(case: Case, people: People, tmp_path: Pa
 
 
 @pytest.mark.long
+def test_a_pause_after_the_cut_over_holds_nothing_back(case: Case, tmp_path: Path) -> None:
+    """While the challenger answers every live request somebody has to watch: the promotion goes on to its end."""
+    case.ask(INTEGRITY, {**WATCH, "run_time": "12s"}, {**WATCH, "name": "second", "run_time": "6s"})
+    with live(case.stack, case.model, tmp_path):
+        case.doing("watch")
+        case.pause()
+        record = case.over("promoted")
+    assert [v.step for v in record.verdicts] == ["integrity", "deploy", "promote", "watch", "second"]
+    case.until(lambda: not case.alive(), "its process does not end")
+    assert case.state.state == "Suspended"
+    flowruns.resume(case.settings, case.run, {})
+    case.ends_as("COMPLETED")
+
+
+@pytest.mark.long
 def test_cancelled_after_the_cut_over(case: Case, tmp_path: Path) -> None:
     """Cancelled while the new champion is watched, the old one reigns again, without a look by `watch`."""
     case.ask(INTEGRITY, WATCH)
