@@ -139,7 +139,7 @@ def _run(data: Mapping[str, Any]) -> FlowRun:
         type=str(data.get("state_type") or ""),
         state=str(data.get("state_name") or ""),
         message=str(state.get("message") or ""),
-        since=datetime.fromisoformat(state.get("timestamp") or data["created"]),
+        since=datetime.fromisoformat(state["timestamp"]) if state.get("timestamp") else datetime.now(UTC),
         runs=int(data.get("run_count") or 0),
         deployment=data.get("deployment_id"),
         parameters=data.get("parameters") or {},

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tasks import history
 from tests.flows.conftest import COLUMNS, Maker, label, promote, rows
 
@@ -16,6 +18,7 @@ def cost(y_true, y_pred):
 """
 
 
+@pytest.mark.long
 def test_custom_gates_and_own_metrics_decide_like_any_other(
     stack: Any, maker: Maker, policy: Callable[..., Path], tmp_path: Path
 ) -> None:

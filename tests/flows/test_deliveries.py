@@ -21,6 +21,8 @@ def models(settings: Any, stack: Any, tmp_path: Path) -> Iterator[list[str]]:
     from tasks import registry
 
     files = []
+    for hook in registry.client().list_webhooks():  # another test's
+        registry.client().delete_webhook(hook.webhook_id)
     for model, trigger in ASKS.items():
         deliveries.register(registry.client(), tmp_path, model)
         files.append(deliveries.policy(settings.policy_folder, model, trigger))
@@ -33,6 +35,7 @@ def models(settings: Any, stack: Any, tmp_path: Path) -> Iterator[list[str]]:
         take_down(model)
 
 
+@pytest.mark.long
 def test_every_challenger_once_and_no_forged_one(settings: Any, stack: Any, worker: Any, models: list[str]) -> None:
     """60 deliveries for three challengers, a third of them forged, most of the others copies, while MLflow, Prefect and
     the receiver restart: each challenger has one promotion, also the one that only a look at the registry finds, and

@@ -159,6 +159,7 @@ def stopped(record: Any) -> tuple[str, str, str]:
     return bad.step, bad.outcome.value, bad.evidence.note
 
 
+@pytest.mark.long
 def test_cancelled_while_it_waits(case: Case) -> None:
     """A run that is suspended for an approval and cancelled ends its promotion, and blames nobody."""
     case.ask(INTEGRITY, APPROVAL)

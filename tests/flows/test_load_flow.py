@@ -56,6 +56,7 @@ def test_the_capacity_is_found_beside_live_traffic(
     assert {row["outcome"] for row in runs} == {"kept"}
 
 
+@pytest.mark.long
 def test_a_version_without_capacity_is_rejected(maker: Maker, policy: Callable[..., Path]) -> None:
     """No model answers within 10 microseconds: the first rate breaks the bound, and the search ends there."""
     version = maker.version()
