@@ -15,7 +15,7 @@ chaos: $(STAMP)           ## whatever dies and whenever: the whole suite, which 
 	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows -m "long or not long"
 
 screenshots: $(STAMP)    ## the pictures in docs/img, made again by the tests in a browser
-	TITLESHOT_SCREENSHOTS=docs/img $(BIN)/python -m pytest tests/flows/test_browser.py
+	TITLESHOT_SCREENSHOTS=docs/img $(BIN)/python -m pytest tests/flows/test_browser.py -m "long or not long"
 
 lint: $(STAMP)            ## style, types and layers
 	$(BIN)/ruff check .

@@ -50,6 +50,7 @@ def points(diary: list[str], count: int) -> list[int]:
     return sorted(picked.sample(heart, min(len(heart), count)) + picked.sample(range(1, len(diary) + 1), count // 2))
 
 
+@pytest.mark.long
 def test_a_promoter_that_dies_at_the_cut_over_leaves_nothing_half_done(world: Registry) -> None:
     """Some of the points of the whole suite: after recovery all agrees and the prober has seen nothing."""
     with world.asking() as prober:

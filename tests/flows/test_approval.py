@@ -202,6 +202,7 @@ def client_tags(model: str, number: str) -> dict[str, str]:
     return dict(registry.client().get_model_version(model, number).tags)
 
 
+@pytest.mark.long
 def test_nothing_is_promoted_in_quiet_hours(
     stack: Any, settings: Any, maker: Maker, tmp_path: Path, policy: Callable[..., Path], alone: None, people: People
 ) -> None:

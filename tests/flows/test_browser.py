@@ -170,6 +170,7 @@ def test_asked_for_in_mlflow_and_approved_in_prefect(
     assert "champion" in pages.shown_aliases(page)
 
 
+@pytest.mark.long
 def test_asked_for_in_mlflow_and_refused_in_prefect(world: World, page: Any, code: Callable[[], str]) -> None:
     """A rejection in Prefect's UI ends the promotion; the champion stays, and the history says who refused and why."""
     before = world.champion()

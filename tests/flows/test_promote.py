@@ -303,6 +303,7 @@ def test_a_challenger_that_never_becomes_ready_is_rejected_with_its_log(
     assert set(stack.deployed(maker.model)) == {champion}
 
 
+@pytest.mark.long
 def test_an_alias_moved_by_hand_stops_the_promotion(stack: Any, maker: Maker, policy: Policy, tmp_path: Path) -> None:
     """Someone moved the champion meanwhile: the promotion refuses, says who sees what, and gives back."""
     champion = crown(maker, policy)
