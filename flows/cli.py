@@ -174,7 +174,7 @@ def _request(
 
     seconds = None if timeout is None else _seconds(timeout)
     # A policy's path would be this machine's: where it is not this home's worker that reads it, its folder has its own.
-    run = asking.ask(settings, asked)
+    run = asking.ask(settings, {name: value for name, value in asked.items() if value is not None})
     page = flowruns.page(settings, run.id)
     screens.say(f"asked for: {page}")
     if not wait:

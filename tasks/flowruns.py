@@ -165,6 +165,8 @@ def _ask(settings: Settings, method: str, path: str, body: Any = None, *, missin
             time.sleep(pause)  # its database was busy: nothing was done
         if answer.status_code == 404 and missing:
             return None
+        if answer.status_code in (httpx.codes.CONFLICT, httpx.codes.UNPROCESSABLE_ENTITY):
+            raise Mistake(f"Prefect refuses what it was asked at {path}: {' '.join(answer.text.split())[:300]}", code=2)
         answer.raise_for_status()
         return answer.json() if answer.content else None
     except httpx.HTTPError as error:

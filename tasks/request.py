@@ -64,7 +64,7 @@ class _Listener:
         self.run = found
         for at, line in flowruns.logs(self.settings, found.id, self.heard):
             self.heard = at
-            self.say(line)
+            self.say(line.splitlines()[0] if line else "")  # a traceback is for the log
         if found.type != "PAUSED":
             self.told = ""
         elif self.told != found.id:

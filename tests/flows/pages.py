@@ -5,6 +5,7 @@ Where a selector is a class name, the page offers neither a role nor a label for
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from playwright.sync_api import Locator, Page, Route, expect
@@ -130,13 +131,13 @@ def answer(form: Locator, decision: str, texts: Mapping[str, str]) -> None:
 
 def submit(form: Locator) -> None:
     """Submit the form; it closes when Prefect took it."""
-    for left in (2, 1, 0):
+    for _ in range(2):
         form.get_by_role("button", name="Submit").click()
-        try:
-            return expect(form).to_be_hidden(timeout=PATIENCE / 3)
-        except AssertionError:  # Prefect's database was busy, say: a person presses again
-            if not left:
-                raise
+        with suppress(AssertionError):  # Prefect's database was busy, say: a person presses again
+            expect(form).to_be_hidden(timeout=PATIENCE / 3)
+            return
+    form.get_by_role("button", name="Submit").click()
+    expect(form).to_be_hidden(timeout=PATIENCE)
 
 
 def _state(page: Page) -> Locator:
