@@ -172,8 +172,8 @@ def _begin(settings: Settings, target: ServingTarget, asks: Asks) -> dict[str, A
     model, by_itself = asks.model, asks.trigger != "hand"
     policy_file, text, policy = _policy(settings, asks)
     reigns = registry.aliased(model, registry.CHAMPION)
-    if by_itself and asks.version is not None and asks.version == reigns:
-        return _nothing(asks, f"v{reigns} is the champion already")
+    if by_itself and (asks.version or registry.aliased(model, registry.CHALLENGER)) in (None, reigns):
+        return _nothing(asks, f"there is no challenger: v{reigns} is champion" if reigns else "there is no challenger")
     registered = _challenger(model, asks.version, reigns)
     identifier = f"{model}-v{registered.number}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     try:
