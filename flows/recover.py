@@ -4,7 +4,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from deployments.target import Fence, LeaseHeld, ServingTarget, StaleFence, TargetError, Traffic
 from flows.drive import carry, flow_run_tags, outcome
 from tasks import flowruns, history, moved, notify, pool, registry, swap
-from tasks.agreement import leased, patiently
+from tasks.agreement import leased, leased_soon, patiently
 from tasks.context import Contender, Context
 from tasks.journal import BY_HAND, Journal, Open, agreed, opened
 from tasks.observe import Notebook
@@ -42,18 +41,8 @@ def recover(settings: Settings, model: str, patience: float) -> dict[str, Any] |
     ended = cancelled(settings, left)
     if left.waiting and not ended and not expired(left):
         return None
-    end, told = time.monotonic() + patience, False
-    while True:
-        try:
-            with leased(target, model, f"recovery of {left.id} ({secrets.token_hex(2)})") as fence:
-                return finish(settings, target, model, fence, ended)
-        except LeaseHeld as held:
-            if time.monotonic() > end:
-                raise
-            if not told:
-                say(f"{held}: waiting for that")
-            told = True
-            time.sleep(0.5)
+    with leased_soon(target, model, f"recovery of {left.id} ({secrets.token_hex(2)})", patience) as fence:
+        return finish(settings, target, model, fence, ended)
 
 
 def expired(left: Open) -> bool:

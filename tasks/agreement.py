@@ -46,14 +46,17 @@ def leased(target: ServingTarget, model: str, holder: str, *, take: bool = False
 @contextmanager
 def leased_soon(target: ServingTarget, model: str, holder: str, patience: float = 60.0) -> Iterator[Fence]:
     """As `leased`, for one that goes on: waits `patience` seconds for whoever holds the lease. Raises `LeaseHeld`."""
-    end = time.monotonic() + patience
+    end, told = time.monotonic() + patience, False
     while True:
         try:
             target.lease(model, holder)
             break
-        except LeaseHeld:
+        except LeaseHeld as held:
             if time.monotonic() > end:
                 raise
+            if not told:
+                say(f"{held}: waiting for that")
+            told = True
             time.sleep(0.5)
     with leased(target, model, holder) as fence:
         yield fence
