@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test chaos lint up down clean bench screenshots
+.PHONY: demo test chaos test-cluster image lint up down clean bench screenshots
 demo: $(STAMP)            ## set up, start the stack, take six challengers through the gates
 	$(BIN)/titleshot demo
 
@@ -13,6 +13,13 @@ test: $(STAMP)            ## set up and run the tests (real Envoy, MLflow, Prefe
 
 chaos: $(STAMP)           ## whatever dies and whenever: the whole suite, which takes hours (`make test` runs a short selection)
 	$(BIN)/python -m pytest tests/contract tests/chaos tests/flows -m "long or not long"
+
+test-cluster: $(STAMP)   ## the contract, a promotion and a rollback on a real cluster: see docs/kubernetes.md for its variables
+	TITLESHOT_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/contract/test_promises.py tests/flows/test_kubernetes.py \
+	  -k "kubernetes or cluster or region" -m "long or not long"
+
+image: $(STAMP)           ## titleshot.tar, for nodes without a registry: needs root and debootstrap, or BASE=rootfs.tar
+	$(BIN)/python -m deployments.images.build --output titleshot.tar $(if $(BASE),--base $(BASE),--debootstrap)
 
 screenshots: $(STAMP)    ## the pictures in docs/img, made again by the tests in a browser
 	TITLESHOT_SCREENSHOTS=docs/img $(BIN)/python -m pytest tests/flows/test_browser.py -m "long or not long"

@@ -1,6 +1,6 @@
 """The few verbs of a serving target, and the values they speak in. Pure: no I/O here."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +39,8 @@ class Version:
     """One registered model version, downloaded: what `deploy` needs to serve it.
 
     `digest` is the artifact's digest (`deployments.artifact.digest`) as recorded at admission; a server
-    refuses to load anything else. `env_manager` is MLflow's: "local" serves in our own environment.
+    refuses to load anything else. `env_manager` is MLflow's: "local" serves in our own environment. `tags` are the
+    registry's, which may choose a runtime.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Version:
     path: Path
     digest: str
     env_manager: str = "local"
+    tags: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +272,24 @@ class Entry:
     at: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One replica: its name, its state in the words of who runs it, and its process on this machine, 0 for none."""
+
+    name: str
+    state: str
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that would be made or changed: `what` names it, `before` and `after` are texts, "" for none."""
+
+    what: str
+    before: str
+    after: str
+
+
 class ServingTarget(Protocol):
     """Where models answer. Every verb is idempotent and returns once it holds true.
 
@@ -339,3 +359,19 @@ class ServingTarget(Protocol):
 
     def deployed(self, model: str) -> Mapping[str, Endpoint]:
         """The versions that are deployed, by number."""
+
+    def units(self, model: str) -> Mapping[str, Sequence[Unit]]:
+        """The replicas of every deployed version, by number."""
+
+    def up(self) -> bool:
+        """Whether whatever serves here can be asked at all."""
+
+    def cannot(self, traffic: Traffic) -> tuple[str, ...]:
+        """What this target is not able to do of `traffic`, in sentences that say why; nothing is changed. The versions
+        need not be deployed.
+        """
+
+    def changes(self, version: Version, traffics: Sequence[Traffic]) -> tuple[tuple[Change, ...], ...]:
+        """What `deploy(version)` would make or change, then what each `route(traffic)` would, one after the other: so
+        one more than there are `traffics`. Nothing is changed; no lease is needed.
+        """

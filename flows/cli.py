@@ -58,11 +58,12 @@ def up(
         receiver_port: Port for the receiver of MLflow's webhooks; a free one is chosen otherwise, and kept.
     """
     from tasks import stack
+    from tasks.targets import local_target
 
     settings = settings_of.load()
-    if restart and stack.settings_target(settings).supervisor.up():
+    if restart and local_target(settings).up():
         screens.say("starting the gateway anew, one process after the other")
-        stack.settings_target(settings).restart_gateway()
+        local_target(settings).restart_gateway()
         screens.print_status(_status())
         return FINE
     stack.up(settings, {"mlflow": mlflow_port, "prefect": prefect_port, "receiver": receiver_port}, screens.say)
@@ -121,6 +122,7 @@ def promote(
     wait: Flag = False,
     request: Flag = False,
     timeout: Annotated[str | None, Parameter(show_default=False)] = None,
+    dry_run: Flag = False,
     json_: Json = False,
 ) -> int:
     """Take a challenger through the gates of a policy, to the champion's place or back.
@@ -135,8 +137,11 @@ def promote(
         wait: Let the worker do it, and wait for the outcome: for CI.
         request: Let the worker do it, and wait for nothing.
         timeout: With --wait: how long at most, like 2h; exit code 4 where people have not decided by then.
+        dry_run: Show what would be created and changed, as a diff; nothing is touched.
     """
     settings = settings_of.load()
+    if dry_run:
+        return _dry_run(settings, model, policy, version, json_=json_)
     settings.connect()
     asked: dict[str, Any] = {
         "model": model,
@@ -164,6 +169,26 @@ def promote(
     else:
         screens.print_outcome(result)
     return _code(result)
+
+
+def _dry_run(
+    settings: settings_of.Settings, model: str, policy: Path | None, version: str | None, *, json_: bool
+) -> int:
+    settings.connect(needed=("MLflow",))
+    from flows.promote import Asks
+    from flows.promote import dry_run as dry
+    from tasks import preview
+
+    found = dry(Asks(model, policy, version))
+    if json_:
+        data = [{"region": name, **preview.as_json(one)} for name, one in found.items()]
+        screens.as_json(data if "" not in found else data[0])
+    else:
+        for name, one in found.items():
+            if name:
+                out.print(f"[bold]region {escape(name)}[/]")
+            screens.print_preview(one)
+    return REFUSED if any(one.against for one in found.values()) else FINE
 
 
 def _request(
@@ -237,7 +262,7 @@ def plan(model: str, /, *, policy: Path, rate: float | None = None, json_: Json 
     from tasks import plan as planning
     from tasks import registry
     from tasks.policies import read_policy
-    from tasks.stack import settings_target
+    from tasks.targets import settings_target
 
     if rate is not None and rate <= 0:
         raise Mistake(f"--rate {rate:g}: requests per second are more than 0", code=WRONG_USE)
@@ -250,6 +275,42 @@ def plan(model: str, /, *, policy: Path, rate: float | None = None, json_: Json 
     else:
         screens.print_plan(steps, took)
     return FINE if all(step.decidable for step in steps) else REFUSED
+
+
+@app.command
+def render(
+    model: str,
+    /,
+    *,
+    version: str,
+    policy: Path | None = None,
+    output: Path | None = None,
+    kustomize: Flag = False,
+) -> int:
+    """Write the objects by which a cluster serves a version, as YAML; nothing is changed anywhere.
+
+    Args:
+        model: Name of the registered model.
+        version: Version number.
+        policy: A policy file, whose `target` says which kind of objects; a Deployment and what belongs to it otherwise.
+        output: The folder for the files; they are printed otherwise.
+        kustomize: A kustomization.yaml besides, which names all files of the folder.
+    """
+    settings = settings_of.load()
+    settings.connect(needed=("MLflow",))
+    from tasks import rendering
+    from tasks.policies import read_policy
+
+    place = None if policy is None else read_policy(policy, model)[1].place
+    there = [] if output is None else [str(path.relative_to(output)) for path in output.rglob("*.yaml")]
+    files = rendering.render(settings, model, version, place, kustomize=kustomize, beside=there)
+    if output is None:
+        sys.stdout.write("---\n".join(files.values()))
+        return FINE
+    rendering.write(files, output)
+    for name in files:
+        out.print(escape(str(output / name)))
+    return FINE
 
 
 @app.command
@@ -289,10 +350,10 @@ def probe(model: str | None = None, /, *, requests: int = 5, slow_ms: float | No
     """
     settings = settings_of.load()
     from tasks import probe as asking
-    from tasks.stack import settings_target
+    from tasks.targets import settings_target
 
     target = settings_target(settings)
-    _refuse_down(settings, target.supervisor.up())
+    _refuse_down(settings, target.up())
     found = asking.as_dict(asking.probe(settings, target, model, requests=requests, slow_ms=slow_ms))
     if json_:
         screens.as_json(found)
@@ -341,10 +402,10 @@ def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> 
     settings.connect(needed=())
     from tasks import swap
     from tasks.progress import listening
-    from tasks.stack import settings_target
+    from tasks.targets import settings_target
 
     target = settings_target(settings)
-    _refuse_down(settings, target.supervisor.up())
+    _refuse_down(settings, target.up())
     with listening(screens.say):
         # Before anything that takes seconds to import, or that may not answer.
         ordered = swap.order(settings, target, model, reason).id
@@ -377,20 +438,20 @@ def recover(model: str | None = None, /, *, json_: Json = False) -> int:
     settings = settings_of.load()
     settings.connect(needed=())
     from tasks.progress import listening
-    from tasks.stack import settings_target
+    from tasks.targets import everywhere
 
-    target = settings_target(settings)
-    _refuse_down(settings, target.supervisor.up())
-    if model is not None and model not in target.models():
-        raise Mistake(f"{model} is not served here: `titleshot status` lists what is", code=WRONG_USE)
+    _refuse_down(settings, any(target.up() for _, target in everywhere(settings)))
+    done, known = list[dict[str, Any] | None](), False
     with listening(screens.say):
         from flows.recover import follow
         from flows.recover import recover as bring
 
-        done = [
-            bring(settings, name, settings.lease_seconds + 5) or follow(settings, name)
-            for name in ([model] if model else target.models())
-        ]
+        for own, target in everywhere(settings):
+            there = [name for name in target.models() if model in (None, name)]
+            known = known or bool(there)
+            done += [bring(own, name, own.lease_seconds + 5) or follow(own, name) for name in there]
+    if model is not None and not known:
+        raise Mistake(f"{model} is not served here: `titleshot status` lists what is", code=WRONG_USE)
     ended = [one for one in done if one is not None]
     if json_:
         screens.as_json(ended)
@@ -411,14 +472,13 @@ def watch(*, every: float | None = None) -> int:
     """
     settings = settings_of.load()
     settings.connect(needed=())
-    from tasks.stack import settings_target
+    from tasks.targets import everywhere
 
-    target = settings_target(settings)
-    _refuse_down(settings, target.supervisor.up())
+    _refuse_down(settings, any(target.up() for _, target in everywhere(settings)))
     if every is not None:
         from tasks.lookout import for_ever
 
-        for_ever(settings, target, every, screens.say)
+        for_ever(settings, every, screens.say)
     from flows.watch import run
     from tasks.progress import listening
 
@@ -435,7 +495,7 @@ def due(*, json_: Json = False) -> int:
     settings = settings_of.load()
     settings.connect(needed=("MLflow",))
     from tasks import triggers
-    from tasks.stack import settings_target
+    from tasks.targets import settings_target
 
     found = triggers.preview(settings, settings_target(settings))
     if json_:
@@ -467,10 +527,10 @@ def serve(model: str, /, *, warm: int | None = None, json_: Json = False) -> int
         settings.connect(needed=("MLflow",))
     from tasks import pool
     from tasks.progress import listening
-    from tasks.stack import settings_target
+    from tasks.targets import settings_target
 
     target, left_out = settings_target(settings), {}
-    _refuse_down(settings, target.supervisor.up())
+    _refuse_down(settings, target.up())
     if warm is not None:
         with listening(screens.say):
             left_out = pool.serve(settings, target, model, warm)
@@ -485,7 +545,7 @@ def serve(model: str, /, *, warm: int | None = None, json_: Json = False) -> int
     for one in found["versions"]:
         memory = "" if one["megabytes"] is None else f"{one['megabytes']} MB"
         state = f"[{STYLES.get(one['state'], 'red')}]{one['state']}[/]"
-        table.add_row(f"v{one['version']}", escape(one["role"]), state, str(one["pid"]), memory)
+        table.add_row(f"v{one['version']}", escape(one["role"]), state, str(one["pid"] or ""), memory)
     out.print(table)
     out.print(pool.summary(found))
     return FINE
@@ -519,13 +579,13 @@ def route(
     """
     settings = settings_of.load()
     from tasks import shape
-    from tasks.stack import settings_target
+    from tasks.targets import settings_target
 
     words: dict[str, Any] = {"sticky": sticky, "limit": limit, "priority": priority, "fallback": fallback}
     asked = shape.read(pin=pin, unpin=unpin, clear=clear, **words)
     settings.connect(needed=())
     target = settings_target(settings)
-    _refuse_down(settings, target.supervisor.up())
+    _refuse_down(settings, target.up())
     traffic = shape.route(target, model, asked) if asked.anything else shape.obeyed(target, model)
     if json_:
         screens.as_json(shape.as_json(traffic, target.gateway(model)))
@@ -594,7 +654,9 @@ def webhook_status(*, json_: Json = False) -> int:
 
 def _refuse_down(settings: settings_of.Settings, up: bool) -> None:  # noqa: FBT001
     if not up:
-        raise Mistake(f"nothing is up in {settings.home}: start it with `titleshot up`")
+        file = settings.clusters_file
+        more = "" if file is None else f", and the cluster of {file} does not answer"
+        raise Mistake(f"nothing is up in {settings.home}{more}: start it with `titleshot up`")
 
 
 @app.command
@@ -966,7 +1028,7 @@ def _ended(settings: settings_of.Settings, model: str, begun: float, error: Exce
     from flows.drive import outcome
     from tasks import history
     from tasks.journal import agreed
-    from tasks.stack import settings_target
+    from tasks.targets import settings_target
 
     last = agreed(settings_target(settings), model)
     if last is None or last.at < begun:
@@ -978,7 +1040,6 @@ def _ended(settings: settings_of.Settings, model: str, begun: float, error: Exce
 def _mend() -> None:
     from tasks.lookout import leftovers
     from tasks.progress import listening
-    from tasks.stack import settings_target
     from tasks.status import status as look
 
     settings = settings_of.load()
@@ -989,7 +1050,7 @@ def _mend() -> None:
 
                 for words in mend(settings, one["model"], settings.lease_seconds + 5):
                     out.print(f"[green]mended[/] {escape(words)}")
-    for words in leftovers(settings, settings_target(settings), mend=True):
+    for words in leftovers(settings, mend=True):
         out.print(f"[green]cleaned[/] {escape(words)}")
 
 

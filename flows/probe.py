@@ -8,7 +8,7 @@ from pydantic import Field
 from tasks import probe as asking
 from tasks.progress import listening
 from tasks.settings import load as load_settings
-from tasks.stack import settings_target
+from tasks.targets import settings_target
 
 
 @flow(name="probe", persist_result=False, retries=0)

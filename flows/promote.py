@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -13,20 +13,21 @@ from prefect.states import Completed
 from pydantic import BeforeValidator
 
 from deployments.target import LeaseHeld, ServingTarget
-from flows import approval, prepare, recover
+from flows import approval, prepare, recover, regions
 from flows.approval import Awaiting, Given, Held
 from flows.drive import carry, flow_run_tags, outcome
-from tasks import approve, history, pool, registry, triggers
+from tasks import approve, history, pool, preview, registry, triggers
 from tasks.agreement import leased, leased_soon
 from tasks.context import Contender, Context
 from tasks.journal import Open, opened
 from tasks.policies import policy_of, read_policy
 from tasks.progress import listening, say
-from tasks.settings import Mistake, Settings
+from tasks.settings import Mistake, Settings, region, within
 from tasks.settings import load as load_settings
-from tasks.stack import settings_target
+from tasks.targets import choose, settings_target
 from validations.policy import Policy
 from validations.promotion import Promotion
+from validations.waves import Place, Waves
 
 Trigger = Literal["hand", "event", "poll", "schedule"]
 Text = Annotated[str, BeforeValidator(lambda given: "" if given is None else str(given))]
@@ -53,6 +54,8 @@ class Asks:
     anew: bool = False
     trigger: Trigger = "hand"
     promotion: str | None = None
+    further: bool = False
+    """Whether it is a further region's, where only some gates are repeated."""
 
 
 def _run_name() -> str:
@@ -124,6 +127,35 @@ def run(asks: Asks) -> dict[str, Any]:
     """
     settings = load_settings()
     _connect(settings, 0 if asks.trigger == "hand" and asks.promotion is None else PATIENCE)
+    return _here(settings, asks) if region() else _everywhere(settings, asks)
+
+
+def _everywhere(settings: Settings, asks: Asks) -> dict[str, Any]:
+    """Where the model is served, be it one place or one region after the other."""
+    waves = _policy(settings, asks)[2].target if asks.policy or asks.promotion is None else _waves(settings, asks.model)
+    if not isinstance(waves, Waves):
+        return _here(settings, asks)
+    if asks.trigger != "hand" and (asks.version or registry.aliased(asks.model, registry.CHALLENGER)) is None:
+        return _nothing(asks, "there is no challenger")
+    number = _challenger(asks.model, asks.version, None).number
+
+    def one(_region: str, further: bool) -> dict[str, Any]:  # noqa: FBT001 - the one thing that it is told
+        own = load_settings()
+        left = opened(settings_target(own), asks.model)
+        mine = asks.promotion if left is not None and left.id == asks.promotion else None
+        # What asked for it asked for all regions: a further one is not handled before.
+        trigger: Trigger = "hand" if further else asks.trigger
+        return _here(own, replace(asks, version=number, promotion=mine, further=further, trigger=trigger))
+
+    return regions.promote(waves, asks.model, number, one)
+
+
+def _waves(settings: Settings, model: str) -> Place | Waves:
+    own = policy_of(settings, model)
+    return own[2].target if own else "local"
+
+
+def _here(settings: Settings, asks: Asks) -> dict[str, Any]:
     target = settings_target(settings)
     mine = asks.promotion or _mine(target, asks.model)
     given: Given | None = None
@@ -143,6 +175,24 @@ def run(asks: Asks) -> dict[str, Any]:
                 say(f"{mine}: {waiting}: {page}")
                 return {**outcome(waiting.promotion), "why": str(waiting), "page": page}
             given = approval.wait_for_form(settings, waiting)
+
+
+def dry_run(asks: Asks) -> dict[str, preview.Preview]:
+    """What a promotion that is asked for so would create and change, by region ("" for the one place); nothing is
+    touched. Raises `Mistake` as `run`.
+    """
+    settings = load_settings()
+    settings.connect(needed=("MLflow",))
+    waves = _policy(settings, asks)[2].target
+    found = {}
+    for index, name in enumerate([""] if region() or not isinstance(waves, Waves) else waves.regions):
+        with within(name or region()):
+            own, here = load_settings(), replace(asks, further=index > 0)
+            target, (policy_file, _, policy) = settings_target(own), _policy(own, here)
+            choose(target, asks.model, policy.place)
+            registered = _challenger(asks.model, asks.version, registry.aliased(asks.model, registry.CHAMPION))
+            found[name] = preview.preview(own, target, policy, policy_file.resolve().parent, registered)
+    return found
 
 
 def _connect(settings: Settings, patience: float) -> None:
@@ -171,11 +221,13 @@ def _mine(target: ServingTarget, model: str) -> str | None:
 def _begin(settings: Settings, target: ServingTarget, asks: Asks) -> dict[str, Any]:
     model, by_itself = asks.model, asks.trigger != "hand"
     policy_file, text, policy = _policy(settings, asks)
+    choose(target, model, policy.place)
     reigns = registry.aliased(model, registry.CHAMPION)
     if by_itself and (asks.version or registry.aliased(model, registry.CHALLENGER)) in (None, reigns):
         return _nothing(asks, f"there is no challenger: v{reigns} is champion" if reigns else "there is no challenger")
     registered = _challenger(model, asks.version, reigns)
-    identifier = f"{model}-v{registered.number}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    at = f"{region()}-{datetime.now(UTC):%Y%m%d-%H%M%S}".lstrip("-")
+    identifier = f"{model}-v{registered.number}-{at}-{secrets.token_hex(2)}"
     try:
         with leased(target, model, identifier) as fence:
             recover.finish(settings, target, model, fence)
@@ -203,6 +255,7 @@ def _begin(settings: Settings, target: ServingTarget, asks: Asks) -> dict[str, A
                 challenger=challenger,
                 anew=asks.anew,
             )
+            _refuse_unable(context, policy_file)
             _settle(context)
             context.began = target.observe(model)
             promotion = Promotion(
@@ -217,8 +270,8 @@ def _begin(settings: Settings, target: ServingTarget, asks: Asks) -> dict[str, A
                 say(f"  what was observed of it before goes on counting: {', '.join(context.series)}")
             requester = asks.requester or registry.requester(registered)
             tags = {**flow_run_tags(), "requester": requester, "trigger": asks.trigger}
-            if asks.anew:
-                tags["anew"] = "true"
+            tags |= {"anew": "true"} if asks.anew else {}
+            tags |= {"region": region()} if region() else {}
             return outcome(carry(context, promotion, text, tags, requester=requester))
     except (Busy, LeaseHeld) as busy:
         if by_itself:
@@ -226,6 +279,11 @@ def _begin(settings: Settings, target: ServingTarget, asks: Asks) -> dict[str, A
         if isinstance(busy, LeaseHeld):
             raise
         raise Mistake(str(busy), code=1) from busy
+
+
+def _refuse_unable(context: Context, policy_file: Path) -> None:
+    if sentences := preview.unable(context):
+        raise Mistake(f"{policy_file.name} asks for what its target cannot do: {'; '.join(sentences)}", code=2)
 
 
 def _while_busy(target: ServingTarget, asks: Asks, number: str, busy: Exception) -> dict[str, Any]:
@@ -323,14 +381,20 @@ def _policy(settings: Settings, asks: Asks) -> tuple[Path, str, Policy]:
                 f"{asks.model} has a policy of its own, {found[0].name} in the policy folder: a worker takes no other",
                 code=2,
             )
-        return asks.policy, *read_policy(asks.policy, asks.model)
+        text, policy = read_policy(asks.policy, asks.model)
+        return asks.policy, text, _part(policy, asks)
     if found is None:
         raise Mistake(
             f"no file in {settings.policy_folder} is the policy of {asks.model}: put it there, or name one with "
             "--policy",
             code=2,
         )
-    return found
+    return found[0], found[1], _part(found[2], asks)
+
+
+def _part(policy: Policy, asks: Asks) -> Policy:
+    """What of a policy is asked here: within a region, that region's part."""
+    return policy.in_region(further=asks.further) if region() else policy
 
 
 def _challenger(model: str, version: str | None, champion: str | None) -> registry.Registered:

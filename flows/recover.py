@@ -18,8 +18,8 @@ from tasks.observe import Notebook
 from tasks.progress import say
 from tasks.registry_rest import Refused, Unanswered
 from tasks.settings import Mistake, Settings
-from tasks.stack import settings_target
 from tasks.status import said, sides
+from tasks.targets import settings_target
 from tasks.waiting import performer
 from validations.ledger import Ledger, weights
 from validations.policy import ACTIONS, ROLLBACK, Policy

@@ -12,7 +12,7 @@ from tasks.agreement import leased
 from tasks.journal import agreed, opened
 from tasks.progress import listening
 from tasks.settings import load as load_settings
-from tasks.stack import settings_target
+from tasks.targets import settings_target
 
 
 @flow(name="rollback", flow_run_name="rollback {model}", persist_result=False, retries=0)

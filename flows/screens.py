@@ -31,6 +31,8 @@ def print_outcome(result: dict[str, Any]) -> None:
     at = f" at {result['step']}" if result["step"] else ""
     out.print(f"{result['model']} v{result['challenger']}: [{style}]{result['phase']}[/]{at}")
     out.print(f"  {escape(result['why'])}")
+    for one in result.get("regions", ()):
+        out.print(f"  {one['region']}: [{STYLES.get(one['phase'], '')}]{one['phase']}[/]  {escape(one['promotion'])}")
     if result["phase"] == "awaiting approval":
         out.print(f"  {escape(result.get('page', ''))}")
     out.print(f"  titleshot explain {result['promotion']}")
@@ -69,6 +71,24 @@ def print_status(found: dict[str, Any]) -> None:
                 out.print(f"  [yellow]waits[/] {escape(model['waits'])}")
         for problem in model["problems"]:
             out.print(f"  [red]{escape(problem)}[/]")
+
+
+def print_preview(found: Any) -> None:
+    """What a promotion would create and change, as a diff by step."""
+    from tasks.preview import difference
+
+    old = f"v{found.champion}" if found.champion else "a champion that is not there yet"
+    out.print(f"[bold]{escape(found.model)} v{found.challenger}[/] in the place of {old}; nothing is touched by this")
+    for step, changes in found.steps:
+        out.print(f"\n[bold]{escape(step)}[/]" + ("" if changes else "  [dim]nothing changes[/]"))
+        for change in changes:
+            sign = "[green]+[/]" if not change.before else "[red]-[/]" if not change.after else "[yellow]~[/]"
+            out.print(f"{sign} {escape(change.what)}")
+            for line in difference(change):
+                style = {"+": "green", "-": "red", "@": "cyan dim"}.get(line[:1], "dim")
+                out.print(f"    [{style}]{escape(line)}[/]", soft_wrap=True)
+    for why in found.against:
+        out.print(f"\n[red]it would not begin[/]: {escape(why)}")
 
 
 def print_plan(steps: list[Any], took: dict[str, float]) -> None:

@@ -9,9 +9,9 @@ from flows.recover import follow, recover
 from tasks.agreement import Unrecorded
 from tasks.lookout import Lookout
 from tasks.progress import listening, say
-from tasks.settings import Mistake
+from tasks.settings import Mistake, Settings
 from tasks.settings import load as load_settings
-from tasks.stack import settings_target
+from tasks.targets import everywhere
 
 
 @flow(name="watch", persist_result=False, retries=0)
@@ -29,8 +29,18 @@ def run() -> dict[str, Any]:
     """One look, inside a flow run or not."""
     settings = load_settings()
     settings.connect(needed=())
-    found = Lookout(settings, settings_target(settings)).look()
-    recovered, problems = [], list(found.problems)
+    recovered, problems = list[dict[str, Any] | None](), list[str]()
+    for index, (own, target) in enumerate(everywhere(settings)):
+        _look(own, Lookout(own, target, starts=index == 0), recovered, problems)
+    for line in problems:
+        say(line)
+    return {"recovered": [one for one in recovered if one], "problems": problems}
+
+
+def _look(settings: Settings, lookout: Lookout, recovered: list[dict[str, Any] | None], problems: list[str]) -> None:
+    """One look at one place."""
+    found = lookout.look()
+    problems += found.problems
     for model in found.left_behind:
         try:
             recovered.append(recover(settings, model, patience=0))
@@ -45,6 +55,5 @@ def run() -> dict[str, Any]:
             problems.append(str(error))
         except (Mistake, TargetError) as error:
             problems.append(f"the alias champion of {model} was moved by hand and is not followed: {error}")
-    for line in (*found.news, *problems):
+    for line in found.news:
         say(line)
-    return {"recovered": [one for one in recovered if one], "problems": problems}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -96,9 +96,10 @@ class Failure:
 class Target:
     """What became of the requests to one target.
 
-    `latencies` are seconds from the intended start to the finish, in the order of finishing; a request that
-    failed or was not answered in time is +inf. `at`, as long, has each one's intended start in seconds after
-    the run's. `reasons` counts failures, `versions` the answers by their version header.
+    `latencies` are seconds from the intended start to the finish, in the order of finishing (of a run with several
+    workers: in that of the intended starts); a request that failed or was not answered in time is +inf. `at`, as
+    long, has each one's intended start in seconds after the run's. `reasons` counts failures, `versions` the answers
+    by their version header.
     """
 
     sent: int
@@ -182,7 +183,7 @@ class LiveTraffic:
             except subprocess.TimeoutExpired:
                 raise LoadError("Locust did not stop when told to, and was killed") from None
             finally:
-                _kill(self.process)
+                kill(self.process)
             self._result = _read(self.process.returncode, self._folder)
         return self._result
 
@@ -192,7 +193,7 @@ class LiveTraffic:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _kill(self.process)
+        kill(self.process)
 
 
 def run(
@@ -200,6 +201,7 @@ def run(
     targets: Mapping[str, str],
     payloads: Path,
     *,
+    hosts: Collection[str] = (),
     folder: Path | None = None,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Result:
@@ -208,23 +210,24 @@ def run(
     `payloads` has one JSON body a line; every target gets the same ones in the same order. `folder` keeps the
     plan, Locust's log and the raw result (default: a temporary one). Takes `profile.seconds`, plus
     about 3 s for the start and up to `profile.timeout` for the last answers. `meanwhile` is called about once
-    a second; what it raises ends the run at once, and is raised here.
+    a second; what it raises ends the run at once, and is raised here. `hosts` are those that may be loaded
+    ("name:port", or "name"); without them, this machine's own.
 
-    Raises ValueError for what cannot be asked: no targets, one that is not on this machine, no payloads.
+    Raises ValueError for what cannot be asked: no targets, one that is elsewhere, no payloads.
     Raises `LoadError` when the generator failed: died, ended early or sent less than planned; `Saturated` when
     it was late or too busy.
     """
     with contextlib.ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="titleshot-load-")))
-        process = _launch(profile, targets, payloads, place)
-        stack.callback(_kill, process)
+        process = _launch(profile, targets, payloads, place, hosts=hosts)
+        stack.callback(kill, process)
         until = time.monotonic() + _START + profile.seconds + profile.timeout + _GRACE
         while not _ended(process, _LOOK):
             if time.monotonic() > until:
                 raise LoadError("Locust did not end in time, and was killed")
             meanwhile()
         result = _read(process.returncode, place)
-    _require_sound(result, profile)
+    require_sound(result, profile)
     return result
 
 
@@ -265,27 +268,10 @@ def read_result(path: Path) -> Result:
     )
 
 
-def _launch(
-    profile: Profile,
-    targets: Mapping[str, str],
-    payloads: Path,
-    folder: Path,
-    *,
-    version_header: str = "x-model-version",
-) -> "subprocess.Popen[bytes]":
-    if not targets:
-        raise ValueError("a load test needs at least one target")
-    for name, url in targets.items():
-        _require_local(name, url)
-    if not payloads.is_file() or not payloads.read_bytes().strip():
-        raise ValueError(f"there are no payloads in {payloads}: one JSON request body a line is needed")
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"{name}.json" for name in ("plan", "result", "progress")}
-    for file in files.values():
-        file.unlink(missing_ok=True)  # what an earlier run left here is not this run's result
-    plan: dict[str, Any] = {
+def plan_of(profile: Profile, targets: Mapping[str, str]) -> dict[str, Any]:
+    """What Locust is told (`loadtests.plan`), but for the files: JSON-able."""
+    return {
         "targets": dict(targets),
-        "payloads": str(payloads.resolve()),
         "rate": profile.rate,
         "seconds": profile.seconds,
         "arrivals": profile.arrivals,
@@ -293,22 +279,51 @@ def _launch(
         "timeout": profile.timeout,
         "seed": profile.seed,
         "headers": dict(profile.headers),
+        "version_header": "x-model-version",
+    }
+
+
+def locust(plan: Path, locustfile: Path, *options: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of a Locust process that works by `plan`."""
+    # Locust takes options from LOCUST_* as well: none of the caller's may change the run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
+    paths = [str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")]
+    environment |= {
+        "TITLESHOT_LOAD": str(plan.resolve()),
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    # No --run-time: the user ends the run itself, and `require_sound` looks at the clock.
+    command = [sys.executable, "-m", "locust", "--locustfile", str(locustfile), "--headless", *options]
+    return [*command, "--only-summary", "--loglevel", "WARNING", "--exit-code-on-error", "0"], environment
+
+
+def _launch(
+    profile: Profile,
+    targets: Mapping[str, str],
+    payloads: Path,
+    folder: Path,
+    *,
+    hosts: Collection[str] = (),
+    version_header: str = "x-model-version",
+) -> "subprocess.Popen[bytes]":
+    if not targets:
+        raise ValueError("a load test needs at least one target")
+    for name, url in targets.items():
+        require_allowed(name, url, hosts)
+    if not payloads.is_file() or not payloads.read_bytes().strip():
+        raise ValueError(f"there are no payloads in {payloads}: one JSON request body a line is needed")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.json" for name in ("plan", "result", "progress")}
+    for file in files.values():
+        file.unlink(missing_ok=True)  # what an earlier run left here is not this run's result
+    plan = plan_of(profile, targets) | {
+        "payloads": str(payloads.resolve()),
         "result": str(files["result"].resolve()),
         "progress": str(files["progress"].resolve()),
         "version_header": version_header,
     }
     files["plan"].write_text(json.dumps(plan))
-    # Locust takes options from LOCUST_* as well: none of the caller's may change the run.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
-    paths = [str(_LOCUSTFILE.parent.parent), environment.get("PYTHONPATH", "")]
-    environment |= {
-        "TITLESHOT_LOAD": str(files["plan"].resolve()),
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-    command = [sys.executable, "-m", "locust", "--locustfile", str(_LOCUSTFILE), "--headless"]
-    command += ["--users", "1", "--spawn-rate", "1", "--only-summary", "--loglevel", "WARNING"]
-    # No --run-time: the user ends the run itself, and `_require_sound` looks at the clock.
-    command += ["--exit-code-on-error", "0"]
+    command, environment = locust(files["plan"], _LOCUSTFILE, "--users", "1", "--spawn-rate", "1")
     with (folder / "locust.log").open("wb") as log:
         return subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -316,9 +331,15 @@ def _launch(
         )  # fmt: skip
 
 
-def _require_local(name: str, url: str) -> None:
-    """A load test against somebody else's machine is an attack."""
+def require_allowed(name: str, url: str, hosts: Collection[str] = ()) -> None:
+    """A load test against somebody else's machine is an attack: raise ValueError unless it is one of `hosts`
+    ("name:port", or "name"), or, where there are none, this machine.
+    """
     parts = urlsplit(url)
+    if hosts:
+        if parts.scheme not in {"http", "https"} or parts.netloc not in hosts:
+            raise ValueError(f"target '{name}' is {url}: only {', '.join(sorted(hosts))} is load-tested")
+        return
     host = parts.hostname or ""
     local = host == "localhost"
     with contextlib.suppress(ValueError):
@@ -327,7 +348,7 @@ def _require_local(name: str, url: str) -> None:
         raise ValueError(f"target '{name}' is {url}: only http on this machine is load-tested")
 
 
-def _require_sound(result: Result, profile: Profile) -> None:
+def require_sound(result: Result, profile: Profile) -> None:
     """Raise `LoadError` unless the generator did what was planned."""
     for name, target in result.targets.items():
         if target.sent < profile.planned:
@@ -363,7 +384,7 @@ def _wait_begun(process: "subprocess.Popen[bytes]", folder: Path) -> None:
     until = time.monotonic() + _START
     while process.poll() is None and not (folder / "progress.json").exists():
         if time.monotonic() > until:
-            _kill(process)
+            kill(process)
             raise LoadError("Locust did not start in time, and was killed")
         time.sleep(0.05)
 
@@ -382,7 +403,7 @@ def _death(code: int, folder: Path) -> str:
     return f"Locust {how} and left no result{last}"
 
 
-def _kill(process: "subprocess.Popen[bytes]") -> None:
+def kill(process: "subprocess.Popen[bytes]") -> None:
     """End the process and everything it started, unless it has ended."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):

@@ -41,7 +41,8 @@ class Contender:
 
     def version(self, env_manager: str) -> Version:
         """As the serving target wants it; the server will load the recorded digest and nothing else."""
-        return Version(self.registered.model, self.number, self.path, self.recorded, env_manager)
+        tags = dict(self.registered.tags)
+        return Version(self.registered.model, self.number, self.path, self.recorded, env_manager, tags)
 
 
 @dataclass(slots=True)

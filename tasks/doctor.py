@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from tasks.settings import Mistake, Settings, writable
-from tasks.stack import free_gigabytes, free_port, settings_target
+from tasks.stack import free_gigabytes, free_port
+from tasks.targets import settings_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,6 @@ def _troubles(settings: Settings, found: dict[str, Any]) -> Finding:
     lost = [f"{m['model']}: {problem}" for m in found["models"] for problem in m["problems"]]
     from tasks.lookout import leftovers
 
-    if lost := lost + leftovers(settings, settings_target(settings)):
+    if lost := lost + leftovers(settings):
         return Finding("stack", fine=False, found="; ".join(lost), mend="titleshot doctor --mend")
     return Finding("stack", fine=True, found=f"{len(found['programs'])} programs run")

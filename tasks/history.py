@@ -16,7 +16,7 @@ from typing import Any
 from tasks.journal import Open
 from tasks.observe import Notebook
 from tasks.registry import TAG, client, dumps
-from tasks.settings import Mistake
+from tasks.settings import Mistake, region
 from validations.promotion import Promotion
 from validations.series import Series
 from validations.verdict import Artifact, Measurement, Verdict
@@ -44,6 +44,7 @@ class Entry:
     why: str
     started: datetime
     finished: datetime | None
+    region: str = ""
 
 
 def sha256(data: bytes) -> str:
@@ -232,16 +233,19 @@ def _entry(run: Any) -> Entry:
         why=tags.get("why", ""),
         started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
         finished=datetime.fromtimestamp(end / 1000, UTC) if end else None,
+        region=tags.get("region", ""),
     )
 
 
 def observed(model: str, digest: str, champion: str | None, folder: Path) -> dict[str, list[Series]]:
     """What earlier promotions of this artifact against this champion saw, by gate, oldest first: what their records
-    have, and the notebooks (in `folder`, by promotion) of steps that were cut off.
+    have, and the notebooks (in `folder`, by promotion) of steps that were cut off. Within a region: that one's.
     """
     found: dict[str, list[Series]] = {}
     where = f"tags.`{TAG}digest` = '{digest}' AND tags.`{TAG}champion` = '{champion or ''}'"
     for past in reversed(_search(f"name = '{EXPERIMENT}{model}'", where)):
+        if past.region != region():  # other people's requests
+            continue
         promotion = stored(past.run_id)
         names = {step.name: step for step in promotion.plan}
         kept = {step: data["series"] for step, data in evidence(past.run_id, promotion).items() if "series" in data}
@@ -281,9 +285,11 @@ def tagged(tag: str) -> list[str]:
 
 
 def of_flow_run(model: str, flow_run: str) -> Entry | None:
-    """The promotion of `model` that this Prefect flow run began; None where it began none."""
+    """The promotion of `model` that this Prefect flow run began (in this region, within one); None where it began
+    none.
+    """
     found = _search(f"name = '{EXPERIMENT}{model}'", f"tags.`{TAG}flow_run` = '{flow_run}'")
-    return found[0] if found else None
+    return next((one for one in found if one.region == region()), None)
 
 
 def page(entry: Entry, uri: str) -> str:

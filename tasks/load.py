@@ -14,13 +14,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deployments.target import Served
-from loadtests import run
+from loadtests import distributed, run
 from loadtests.recording import Recorded, replay
 from loadtests.report import slices, summary
 from tasks import registry
 from tasks.capacity import Found, Hurt, search
 from tasks.context import Context, Seen
 from tasks.observe import Observed
+from tasks.senders import sender
 from tasks.serving import milliseconds
 from tasks.settings import Mistake
 from validations.forecast import SLICE_REQUESTS, SLICE_SECONDS
@@ -54,7 +55,12 @@ def load(context: Context, gate: Load) -> Seen:
         profile, bodies = _profile(gate, requests, rate)
         payloads = context.folder / "payloads.jsonl"
         payloads.write_text("".join(f"{body}\n" for body in bodies))
-        return run.run(profile, targets, payloads, meanwhile=meanwhile)
+        crew, hosts = sender(context.target, context.model, context.id)
+        if crew is None and gate.workers == 1:
+            return run.run(profile, targets, payloads, hosts=hosts, meanwhile=meanwhile)
+        return distributed.run(
+            profile, targets, payloads, workers=gate.workers, crew=crew, hosts=hosts, meanwhile=meanwhile
+        )
 
     if gate.find is None:
         result = loaded(live.numbers, gate.rate, lambda: None)

@@ -2,6 +2,7 @@
 ever.
 """
 
+import os
 import secrets
 import shutil
 import subprocess
@@ -10,15 +11,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from deployments.local.target import LocalTarget
-from deployments.target import LeaseHeld, TargetError
+from deployments.target import LeaseHeld, ServingTarget, TargetError
 from tasks import moved, notify, triggers
 from tasks.agreement import leased
 from tasks.flowruns import Unanswered
 from tasks.journal import agreed, opened
 from tasks.registry import half_downloads
 from tasks.settings import Mistake, Settings
-from tasks.status import status
+from tasks.status import models_of
+from tasks.targets import everywhere, local_target
 from tasks.waiting import Waiting
 
 
@@ -35,10 +36,12 @@ class Found:
 
 
 class Lookout:
-    """Looks at every model of a target, by its journal and its traffic."""
+    """Looks at every model of a target, by its journal and its traffic. One that `starts` asks for promotions that are
+    due as well.
+    """
 
-    def __init__(self, settings: Settings, target: LocalTarget) -> None:
-        self.settings, self.target = settings, target
+    def __init__(self, settings: Settings, target: ServingTarget, *, starts: bool = True) -> None:
+        self.settings, self.target, self._starts = settings, target, starts
         self._known = set[tuple[str, ...]]()
         self._waiting = Waiting(settings, target)
 
@@ -46,26 +49,33 @@ class Lookout:
         """One look at everything. What was kept warm for as long as its policy said is taken down on the way."""
         found = Found()
         for model in self.target.models():
-            left, holder = opened(self.target, model), self.target.holder(model)
-            if left is None:
-                found.problems += self._expire(model)
-            elif not (holder is not None and holder.left):
-                try:
-                    if self._waiting.tend(left):
-                        found.left_behind.append(model)
-                except (Unanswered, Mistake) as error:
-                    found.problems.append(f"{left.id}: {error}")
-        for one in status(self.settings)["models"]:
+            self._tend(model, found)
+        for one in models_of(self.settings, self.target):
             if one["agrees"]:
                 moved.forget(self.settings, one["model"])
             if one["follow"]:
                 found.to_follow.append(one["model"])
             elif one["model"] not in found.left_behind:
                 found.problems += [f"{one['model']}: {problem}" for problem in one["problems"]]
+        if self._starts:
+            self._start(found)
+        return found
+
+    def _tend(self, model: str, found: Found) -> None:
+        left, holder = opened(self.target, model), self.target.holder(model)
+        if left is None:
+            found.problems += self._expire(model)
+        elif not (holder is not None and holder.left):
+            try:
+                if self._waiting.tend(left):
+                    found.left_behind.append(model)
+            except (Unanswered, Mistake) as error:
+                found.problems.append(f"{left.id}: {error}")
+
+    def _start(self, found: Found) -> None:
         asked = triggers.start(self.settings, self.target, self._known)
         found.news += asked.news
         found.problems += asked.problems
-        return found
 
     def _expire(self, model: str) -> list[str]:
         last, kept = agreed(self.target, model), self.target.kept(model)
@@ -88,10 +98,11 @@ class Lookout:
         return []
 
 
-def leftovers(settings: Settings, target: LocalTarget, *, mend: bool = False) -> list[str]:
-    """What nobody needs any more, in words: servers, records, files of gateways, and downloads of models that nobody
-    promotes. With `mend` all of it is cleaned away.
+def leftovers(settings: Settings, *, mend: bool = False) -> list[str]:
+    """What nobody needs any more on this machine, in words: servers, records, files of gateways, and downloads of
+    models that nobody promotes. With `mend` all of it is cleaned away.
     """
+    target = local_target(settings)
     found = target.orphans(mend=mend)
     for model in target.models():
         holder = target.holder(model)
@@ -102,22 +113,28 @@ def leftovers(settings: Settings, target: LocalTarget, *, mend: bool = False) ->
     return found
 
 
-def for_ever(settings: Settings, target: LocalTarget, every: float, say: Callable[[str], None]) -> None:
-    """Look `every` so many seconds; recover what was left behind in a process of its own, and say what is found
-    once.
+def for_ever(settings: Settings, every: float, say: Callable[[str], None]) -> None:
+    """Look at every place `every` so many seconds; recover what was left behind in a process of its own, and say what
+    is found once.
     """
-    lookout, told = Lookout(settings, target), set[str]()
+    lookouts, told = dict[tuple[str | None, str | None], Lookout](), set[str]()
     while True:
-        try:
-            found = lookout.look()
-        except (TargetError, Mistake) as error:
-            found = Found(problems=[str(error)])
-        for model in found.left_behind:
-            say(f"{model} has a promotion that was left behind: bringing it to its end")
-            _recover(model, say)
-        for model in found.to_follow:
-            say(f"the alias champion of {model} was moved by hand, and its policy lets the traffic follow")
-            _recover(model, say)
+        found = Found()
+        for own, target in everywhere(settings):
+            place = own.region, own.cluster
+            lookout = lookouts.setdefault(place, Lookout(own, target, starts=not lookouts))
+            try:
+                here = lookout.look()
+            except (TargetError, Mistake) as error:
+                here = Found(problems=[str(error)])
+            for model in here.left_behind:
+                say(f"{model} has a promotion that was left behind: bringing it to its end")
+                _recover(own, model, say)
+            for model in here.to_follow:
+                say(f"the alias champion of {model} was moved by hand, and its policy lets the traffic follow")
+                _recover(own, model, say)
+            found.news += here.news
+            found.problems += here.problems
         for news in found.news:
             say(news)
         for problem in found.problems:
@@ -135,8 +152,9 @@ def _model(problem: str) -> str:
     return problem.partition(":")[0][:60]
 
 
-def _recover(model: str, say: Callable[[str], None]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flows", "recover", model], capture_output=True, text=True, check=False
-    )
+def _recover(settings: Settings, model: str, say: Callable[[str], None]) -> None:
+    place = {"TITLESHOT_REGION": settings.region, "TITLESHOT_CLUSTER": settings.cluster}
+    environment = {**os.environ, **{name: value for name, value in place.items() if value is not None}}
+    command = [sys.executable, "-m", "flows", "recover", model]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     say((done.stdout + done.stderr).strip())

@@ -14,7 +14,7 @@ from tasks import registry, registry_rest
 from tasks.journal import agreed, opened
 from tasks.policies import Own, policy_of
 from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS, STAGE
-from tasks.settings import Mistake, Settings
+from tasks.settings import Mistake, Settings, region
 
 PAUSE = 600.0
 """Seconds after which a version that could not be followed is tried again, as long as the alias names it."""
@@ -124,7 +124,11 @@ def _registry(settings: Settings, model: str) -> tuple[dict[str, str], dict[str,
         if error.code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return {}, {}
-    aliases = {str(one["alias"]): str(one["version"]) for one in found.get("aliases") or ()}
+    named = {str(one["alias"]): str(one["version"]) for one in found.get("aliases") or ()}
+    usual = {alias: named.get(registry.regional(alias)) for alias in (CHAMPION, PREVIOUS, CHALLENGER)}
+    aliases = {alias: number for alias, number in usual.items() if number is not None}
+    if region():  # stages are not a region's
+        return aliases, {}
     stages: dict[str, str] = {}
     asked = {"filter": f"name = '{model}'", "max_results": 1000}
     while True:

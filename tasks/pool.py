@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deployments.local.target import LocalTarget
 from deployments.target import Fence, NeverReady, ServingTarget, StaleFence, TargetError, Traffic, Version
 from tasks import registry
 from tasks.agreement import leased
@@ -223,13 +222,14 @@ class _Loading:
             crew.shutdown(wait=False, cancel_futures=True)
 
     def _version(self, number: str) -> Version:
-        path, recorded, found = registry.admitted(registry.find(self.model, number), self.settings.home)
+        registered = registry.find(self.model, number)
+        path, recorded, found = registry.admitted(registered, self.settings.home)
         if found != recorded:
             raise Mistake(
                 f"{self.model} v{number} is not what was registered: its artifact's digest is {found}, recorded "
                 f"was {recorded}"
             )
-        return Version(self.model, number, path, recorded, self.settings.env_manager)
+        return Version(self.model, number, path, recorded, self.settings.env_manager, dict(registered.tags))
 
     def _leave_out(self, number: str, why: str) -> None:
         self.left_out[number] = why
@@ -249,7 +249,7 @@ def _reason(error: TargetError) -> str:
     return f"{error}; its log says: {last[-1]}" if last else str(error)
 
 
-def look(target: LocalTarget, model: str) -> dict[str, Any]:
+def look(target: ServingTarget, model: str) -> dict[str, Any]:
     """What is deployed of `model` and what each version does: {"model", "gateway", "warm", "versions": [...]}.
 
     Raises `Mistake` where it is not served here.
@@ -261,17 +261,18 @@ def look(target: LocalTarget, model: str) -> dict[str, Any]:
             "--warm 1` serves the champion",
             code=2,
         )
-    traffic, last, programs = target.traffic(model), agreed(target, model), target.supervisor.status()
+    traffic, last, units = target.traffic(model), agreed(target, model), target.units(model)
     previous = last.previous if last else None
     rows = []
     for number in sorted(target.deployed(model), key=int, reverse=True):
-        program = programs.get(f"model-{model}-{number}")
-        pid = program.pid if program else 0
+        replicas = units.get(number, ())
+        pid = replicas[0].pid if len(replicas) == 1 else 0
         rows.append(
             {
                 "version": number,
                 "role": ", ".join(_roles(traffic, previous, number)) or "warm",
-                "state": program.state if program else "GONE",
+                "state": ", ".join(dict.fromkeys(unit.state for unit in replicas)) or "GONE",
+                "replicas": len(replicas),
                 "pid": pid,
                 "megabytes": _megabytes(pid),
             }

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.artifact import digest as digest_of
-from tasks.settings import Mistake
+from tasks.settings import Mistake, region
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 STAGE = {CHAMPION: "Production", CHALLENGER: "Staging", PREVIOUS: "Archived"}
@@ -83,10 +83,16 @@ def versions(model: str) -> list[str]:
     return sorted((str(v.version) for v in found), key=int)
 
 
+def regional(alias: str) -> str:
+    """An alias as it is called here: of a model that is served in several regions each has its own champion."""
+    here = region()
+    return f"{alias}-{here}" if here and alias in (CHAMPION, PREVIOUS) else alias
+
+
 def aliased(model: str, alias: str) -> str | None:
-    """The version number that `alias` names; None where the alias is not set."""
+    """The version number that `alias` names (the region's own, within one); None where the alias is not set."""
     try:
-        return _aliases(model).get(alias)
+        return _aliases(model).get(regional(alias))
     except Mistake:
         return None
 
@@ -110,8 +116,9 @@ class Moved(Mistake):
 def move(
     model: str, alias: str, to: str | None, *, of: Collection[str | None], guard: AbstractContextManager[None]
 ) -> None:
-    """Make `alias` name `to` (None: nothing) where it names one of `of`; the stage moves along where the registry still
-    has stages. Nothing happens where it is so already. Raises `Moved` where the alias names something else.
+    """Make `alias` (the region's own, within one) name `to` (None: nothing) where it names one of `of`; the stage moves
+    along where the registry still has stages, but with no region's. Nothing happens where it is so already. Raises
+    `Moved` where the alias names something else.
 
     `guard` holds off every other promoter between the look and the change; a hand in the MLflow UI it cannot hold.
     """
@@ -120,16 +127,16 @@ def move(
         if found not in (to, *of):
             expected = " or ".join(f"v{one}" if one else "nothing" for one in dict.fromkeys(of))
             raise Moved(
-                f"the alias {alias} of {model} names {f'v{found}' if found else 'nothing'}, not {expected} as when "
-                "this began: someone moved it. It was left as it is: set it in the MLflow UI to the version that "
-                "`titleshot status` shows, or use `titleshot doctor --mend`"
+                f"the alias {regional(alias)} of {model} names {f'v{found}' if found else 'nothing'}, not {expected} "
+                "as when this began: someone moved it. It was left as it is: set it in the MLflow UI to the version "
+                "that `titleshot status` shows, or use `titleshot doctor --mend`"
             )
         if to is None:
             if found is not None:
-                client().delete_registered_model_alias(model, alias)
+                client().delete_registered_model_alias(model, regional(alias))
             return
         if found != to:
-            client().set_registered_model_alias(model, alias, to)
+            client().set_registered_model_alias(model, regional(alias), to)
         _stage(model, to, STAGE[alias])
 
 
@@ -141,6 +148,8 @@ def unstage(model: str, number: str, guard: AbstractContextManager[None]) -> Non
 
 
 def _stage(model: str, number: str, stage: str) -> None:
+    if region():  # a version has one stage, whatever it is in other regions
+        return
     transition = getattr(client(), "transition_model_version_stage", None)
     if transition is None or client().get_model_version(model, number).current_stage == stage:
         return

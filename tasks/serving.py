@@ -20,6 +20,7 @@ from tasks.mirroring import Copies
 from tasks.observe import Notebook, Poll, arm, watch_until
 from tasks.progress import say
 from tasks.rollback_time import rollback_time
+from tasks.settings import region
 from tasks.status import said
 from validations.agreement import Pairing, Side
 from validations.eprocess import bernoulli_interval
@@ -256,7 +257,8 @@ def promote(context: Context) -> Seen:
 
     def tell() -> None:
         name_champion(context, new, old, of=(old,))
-        if registry.aliased(model, registry.CHALLENGER) == new:
+        # Where there are more regions to come, it challenges on.
+        if not region() and registry.aliased(model, registry.CHALLENGER) == new:
             registry.move(model, registry.CHALLENGER, None, of=(new,), guard=context.guard())
 
     patiently(tell, f"v{new} answers every live request")

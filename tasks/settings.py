@@ -7,7 +7,9 @@ line answers from this module.
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,12 @@ class Settings(BaseSettings):
     """Prefect's UI as people reach it, for links in notices and forms; None: where its API is."""
     public_mlflow: str | None = None
     """MLflow's UI as people reach it; None: where its API is."""
+    clusters: Path | None = None
+    """The file that describes the clusters where models are served; None: `clusters.yaml` under the home, if any."""
+    cluster: str | None = None
+    """The cluster of that file that is meant, by name; None: its first."""
+    region: str | None = None
+    """The region that is meant, of models that are served in several: a cluster's name."""
     deploy_timeout: float = 120.0
     """Seconds until a version that is not ready counts as one that never will be."""
     env_manager: str = "local"
@@ -93,6 +101,14 @@ class Settings(BaseSettings):
     def policy_folder(self) -> Path:
         """Where the policies are by which promotions start by themselves."""
         return self.policies or self.home / "policies"
+
+    @property
+    def clusters_file(self) -> Path | None:
+        """The file that describes clusters; None where there is none."""
+        if self.clusters is not None:
+            return self.clusters
+        usual = self.home / "clusters.yaml"
+        return usual if usual.exists() else None
 
     @property
     def mlflow_page(self) -> str:
@@ -157,6 +173,24 @@ class Settings(BaseSettings):
             refresh_global_settings_context()
 
 
+_REGION: ContextVar[str] = ContextVar("region", default="")
+
+
+def region() -> str:
+    """The region that is meant now; "" where a model is served in one place."""
+    return _REGION.get() or os.environ.get("TITLESHOT_REGION", "")
+
+
+@contextmanager
+def within(name: str) -> Iterator[None]:
+    """In the block `load` speaks of this region: its cluster, and the aliases champion-<name> and previous-<name>."""
+    token = _REGION.set(name)
+    try:
+        yield
+    finally:
+        _REGION.reset(token)
+
+
 def load() -> Settings:
     """The settings in force, the home made absolute. Raises `Mistake` for an unusable variable."""
     try:
@@ -165,7 +199,8 @@ def load() -> Settings:
         first = error.errors()[0]
         name = f"TITLESHOT_{str(first['loc'][0]).upper()}"
         raise Mistake(f"{name}={first['input']!r}: {first['msg']}", code=2) from error
-    return settings.model_copy(update={"home": settings.home.expanduser().resolve()})
+    here = {"region": region() or None, "home": settings.home.expanduser().resolve()}
+    return settings.model_copy(update=here)
 
 
 def writable(home: Path) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 
 from deployments.local.supervisor import Program
-from deployments.local.target import LocalTarget, Options
-from deployments.target import TargetError
+from deployments.local.target import LocalTarget
 from tasks import webhooks, worker
 from tasks.settings import QUIET, Mistake, Settings, writable
+from tasks.targets import local_target
 
 START_TIMEOUT = 240.0
 """Seconds that a first start may take: both servers make their databases then."""
@@ -28,7 +28,7 @@ def up(settings: Settings, ports: dict[str, int | None], say: Callable[[str], No
     port is taken, or the home cannot be written; nothing is left running then.
     """
     writable(settings.home)
-    target = settings_target(settings)
+    target = local_target(settings)
     if target.supervisor.up():
         raise Mistake(
             f"the stack in {settings.home} is up already: `titleshot status` shows it, `titleshot down` stops it"
@@ -53,21 +53,11 @@ def up(settings: Settings, ports: dict[str, int | None], say: Callable[[str], No
 
 def down(settings: Settings, say: Callable[[str], None]) -> None:
     """Stop all that `up` started, by pid. Raises `Mistake` where nothing is up."""
-    target = settings_target(settings)
+    target = local_target(settings)
     if not target.supervisor.up():
         raise Mistake(f"nothing is up in {settings.home}: there is nothing to stop")
     say("stopping servers and gateway")
     target.stop()
-
-
-def settings_target(settings: Settings) -> LocalTarget:
-    """The local serving target of this home. Raises `Mistake` for a home too long for sockets."""
-    try:
-        return LocalTarget(
-            settings.home, Options(ready_timeout=settings.deploy_timeout, lease_ttl=settings.lease_seconds)
-        )
-    except TargetError as error:
-        raise Mistake(str(error)) from error
 
 
 def _mlflow(settings: Settings, port: int) -> Program:

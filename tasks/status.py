@@ -4,30 +4,33 @@ import contextlib
 from dataclasses import asdict
 from typing import Any
 
-from deployments.local.target import LocalTarget
-from deployments.target import TargetError
+from deployments.target import ServingTarget, TargetError
 from tasks import flowruns, moved, webhooks
 from tasks.journal import Open, agreed, opened
 from tasks.moved import said, sides
 from tasks.registry_rest import Refused, Unanswered
 from tasks.settings import Mistake, Settings
-from tasks.stack import settings_target
+from tasks.targets import everywhere, local_target
 
 __all__ = ["said", "sides", "status"]
 
 
 def status(settings: Settings) -> dict[str, Any]:
     """The stack as it is: {"home", "up", "programs": [...], "models": [...]}."""
-    target = settings_target(settings)
-    if not target.supervisor.up():
+    if not any(target.up() for _, target in everywhere(settings)):
         return {"home": str(settings.home), "up": False, "programs": [], "models": []}
-    addresses = _addresses(settings)
+    addresses, local = _addresses(settings), local_target(settings)
     programs = [
         {"name": name, "state": program.state, "pid": program.pid, "address": addresses.get(name, "")}
-        for name, program in target.supervisor.status().items()
+        for name, program in (local.supervisor.status() if local.up() else {}).items()
     ]
-    models = [_model(settings, target, model) for model in target.models()]
+    models = [one for own, place in everywhere(settings) for one in models_of(own, place)]
     return {"home": str(settings.home), "up": True, "programs": programs, "models": models}
+
+
+def models_of(settings: Settings, target: ServingTarget) -> list[dict[str, Any]]:
+    """What the models of one place do, and what is wrong with them."""
+    return [_model(settings, target, model) for model in target.models()]
 
 
 def _addresses(settings: Settings) -> dict[str, str]:
@@ -39,7 +42,7 @@ def _addresses(settings: Settings) -> dict[str, str]:
     return found
 
 
-def _model(settings: Settings, target: LocalTarget, model: str) -> dict[str, Any]:
+def _model(settings: Settings, target: ServingTarget, model: str) -> dict[str, Any]:
     for _ in range(3):
         before = _moment(target, model)
         problem, unknown, traffic, facts = "", "", None, None
@@ -70,6 +73,7 @@ def _model(settings: Settings, target: LocalTarget, model: str) -> dict[str, Any
         problems, follow = _disagreements(settings, facts)
     return {
         "model": model,
+        "region": settings.region or "",
         "serving": (traffic.champion if traffic else problem) or None,
         "challenger": traffic.challenger if traffic else None,
         "weight": traffic.weight / 100 if traffic else 0,
@@ -89,7 +93,7 @@ def _model(settings: Settings, target: LocalTarget, model: str) -> dict[str, Any
     }
 
 
-def _moment(target: LocalTarget, model: str) -> tuple[int, str]:
+def _moment(target: ServingTarget, model: str) -> tuple[int, str]:
     """Another one whenever something begins, goes on or ends."""
     lines, holder = target.journal(model), target.holder(model)
     return lines[-1].number if lines else 0, holder.name if holder is not None and holder.left > 0 else ""

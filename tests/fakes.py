@@ -1,12 +1,13 @@
 """Stand-ins for what is slow or far away. Tests of flows may trust them: `tests/contract/` holds them to the
 same promises as the real things."""
 
+import itertools
 import math
 import random
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,7 @@ from deployments.artifact import digest
 from deployments.target import (
     FULL,
     Answer,
+    Change,
     Endpoint,
     Entry,
     Fence,
@@ -25,6 +27,7 @@ from deployments.target import (
     StaleFence,
     TargetError,
     Traffic,
+    Unit,
     Version,
 )
 
@@ -90,6 +93,23 @@ class FakeTarget:
         self._counts: dict[str, dict[str, _Counts]] = {}
         self._answers: dict[tuple[str, str], list[Answer]] = {}
         self._taken: dict[tuple[str, str], list[float]] = {}
+
+    def units(self, model: str) -> Mapping[str, Sequence[Unit]]:
+        return {number: [Unit(f"{model}-{number}", "RUNNING")] for number in self._versions.get(model, {})}
+
+    def up(self) -> bool:
+        return True
+
+    def cannot(self, traffic: Traffic) -> tuple[str, ...]:
+        return ()
+
+    def changes(self, version: Version, traffics: Sequence[Traffic]) -> tuple[tuple[Change, ...], ...]:
+        model = version.model
+        there = version.number in self._versions.get(model, {})
+        steps = [() if there else (Change(f"version {version.number}", "", version.digest),)]
+        texts = ["" if one is None else repr(one) for one in (self._traffic.get(model), *traffics)]
+        pairs = itertools.pairwise(texts)
+        return (*steps, *(() if old == new else (Change(f"traffic of {model}", old, new),) for old, new in pairs))
 
     def behaviour(self, model: str, version: str) -> Behaviour:
         """How a version answers; a well-behaved one is made on first sight."""

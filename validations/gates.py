@@ -45,6 +45,10 @@ MOST_REQUESTS = 2_000_000
 """The requests to one version (and in a search to all) of one load gate."""
 
 
+MOST_OF_A_WORKER = 400_000
+"""And those that one of several workers sends, to all versions, in one run."""
+
+
 LONGEST_SEARCH = timedelta(hours=1)
 
 
@@ -500,7 +504,7 @@ class Load(Sampled):
     `find: capacity`, the highest rate between `from` and `to` that keeps the bounds, for each by itself.
 
     Requests are recent live ones, or those of `payloads` (a file with one JSON body a line). `arrivals` says
-    when they come; the `recorded` ones come with the gaps they had.
+    when they come; the `recorded` ones come with the gaps they had. The requests are spread over `workers` processes.
     """
 
     model_config = ConfigDict(serialize_by_alias=True)
@@ -512,6 +516,7 @@ class Load(Sampled):
     arrivals: Literal["constant", "poisson", "recorded"] = "constant"
     request_timeout: Duration = timedelta(seconds=10)
     payloads: str | None = None
+    workers: int = Field(default=1, ge=1, le=50)
     find: Literal["capacity"] | None = None
     start: Rate | None = Field(default=None, alias="from")
     to: Rate | None = None
@@ -588,6 +593,12 @@ class Load(Sampled):
             refuse(
                 f"this may be {requests:,.0f} requests, more than {MOST_REQUESTS:,}: give a shorter `run_time` "
                 f"or a lower {'`to`' if self.find else '`rate`'}"
+            )
+        each = ((self.to or 0) if self.find else 2 * (self.rate or 0)) * seconds / self.workers
+        if self.workers > 1 and each > MOST_OF_A_WORKER:
+            refuse(
+                f"each of {self.workers} workers would have {each:,.0f} requests, and keeps {MOST_OF_A_WORKER:,}: "
+                "give more `workers`, or a shorter `run_time`"
             )
         return self
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -19,6 +21,14 @@ from validations.quiet import Quiet
 from validations.traffic import Shaping, record, shape_of
 from validations.units import Chance, Duration, nearest, refuse
 from validations.verdict import Bound, Value
+from validations.waves import Place, Waves
+
+
+def _place_or_waves(given: object) -> str:
+    return "waves" if isinstance(given, dict | Waves) else "place"
+
+
+Target = Annotated[Annotated[Place, Tag("place")] | Annotated[Waves, Tag("waves")], Discriminator(_place_or_waves)]
 
 
 class PolicyError(ValueError):
@@ -62,7 +72,7 @@ class Policy(Value):
 
     version: Literal[1]
     model: str = Field(min_length=1)
-    target: Literal["local"] = "local"
+    target: Target = "local"
     false_rollback: Chance = 0.05
     false_promotion: Chance = 0.05
     traffic: Shaping | None = None
@@ -82,12 +92,32 @@ class Policy(Value):
                 refuse(f"`{gate.kind}` comes after `{after}`, which follows the promotion, so it is last: {mend}")
             if gate.after_promote:
                 after = gate.kind
+        if isinstance(self.target, Waves) and not self._repeated(self.target):
+            refuse(
+                f"no gate of this policy is of a kind in its target's `again` ({', '.join(self.target.again)}), so "
+                "further regions would prove nothing: add a canary, or name kinds that are there"
+            )
         # A gate that bears an action's name would be taken for it: `rollback` for one that was done.
         names = [ROLLBACK.name, *(step.name for step in self.plan())]
         for name in names:
             if names.count(name) > 1:
                 refuse(f"two steps are called '{name}': give one of the gates another `name`")
         return self
+
+    def _repeated(self, waves: Waves) -> tuple[Gate, ...]:
+        return tuple(gate for gate in self.gates if gate.kind in waves.again)
+
+    @property
+    def place(self) -> Place:
+        """What kind of target serves the model, be it in one region or in several."""
+        return self.target.kind if isinstance(self.target, Waves) else self.target
+
+    def in_region(self, *, further: bool) -> "Policy":
+        """The policy of one region: all gates in the first, in each `further` one those that are to be repeated."""
+        if not isinstance(self.target, Waves):
+            return self
+        gates = self._repeated(self.target) if further else self.gates
+        return self.model_copy(update={"target": self.target.kind, "gates": gates})
 
     def plan(self, *, first: bool = False) -> tuple[Step, ...]:
         """The steps in order. With no champion yet (`first`) the gates that compare fall away."""
@@ -171,7 +201,7 @@ def read(text: str, source: str = "policy") -> Policy:
         told = [e for e in error.errors() if e["type"] != "too_short"] or error.errors()
         first = min(told, key=lambda e: e["type"] != "extra_forbidden")
         path = _path(first["loc"])
-        line = _line(tree, path)
+        line = line_of(tree, path)
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
         more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
         message = _sentence(first, data)
@@ -182,22 +212,15 @@ def _path(loc: tuple[int | str, ...]) -> list[int | str]:
     """The way into the file: pydantic's own, less the union tags it puts in."""
     if len(loc) > 2 and loc[0] == "gates":
         return [loc[0], loc[1], *loc[3:]]
+    if len(loc) > 1 and loc[0] == "target":
+        return [loc[0], *loc[2:]]
     return [part for part in loc if part != "[key]"]
 
 
 def _sentence(error: Any, data: dict[str, Any]) -> str:
     loc = error["loc"]
     if error["type"] == "extra_forbidden":
-        kind: Any = Policy
-        if loc[0] == "gates" and len(loc) > 3:
-            kind = GATES[str(loc[2])]
-            if len(loc) > 4:
-                kind = {"tolerances": Tolerance, "functions": Function, "freshness": Freshness}.get(str(loc[3]), Bound)
-        elif loc[0] == "traffic":
-            kind = record(loc[1:-1])
-        elif loc[0] == "quiet":
-            kind = Quiet
-        words = [field.alias or name for name, field in kind.model_fields.items() if name != "name"]
+        words = [field.alias or name for name, field in _record(loc).model_fields.items() if name != "name"]
         return f"unknown word '{loc[-1]}'{nearest(str(loc[-1]), words)}"
     if error["type"] == "union_tag_invalid":
         kind = data["gates"][loc[1]].get("kind")
@@ -212,7 +235,18 @@ def _sentence(error: Any, data: dict[str, Any]) -> str:
     return f"`{loc[-1]}` is missing" if error["type"] == "missing" else str(error["msg"]).removeprefix("Value error, ")
 
 
-def _line(node: Any, path: list[int | str]) -> int:
+def _record(loc: tuple[int | str, ...]) -> Any:
+    """The record that an unknown word stands in."""
+    if loc[0] == "gates" and len(loc) > 4:
+        return {"tolerances": Tolerance, "functions": Function, "freshness": Freshness}.get(str(loc[3]), Bound)
+    if loc[0] == "gates" and len(loc) > 3:
+        return GATES[str(loc[2])]
+    if loc[0] == "traffic":
+        return record(loc[1:-1])
+    return Quiet if loc[0] == "quiet" else Waves if loc[0] == "target" else Policy
+
+
+def line_of(node: Any, path: list[int | str]) -> int:
     """The line (from 1) of the place that `path` names, or of the nearest one above it."""
     line = node.start_mark.line + 1
     for part in path:

@@ -1,9 +1,10 @@
 """The model server: one model version behind MLflow's scoring contract, in one process.
 
 Run by path, also by the Python of an environment that has only mlflow and uvicorn, so it imports nothing of
-ours but `../artifact.py`, by path. It adds to MLflow's own scoring server: the digest is verified before
-anything is loaded, /ready is 200 only after a warm-up, 500 means that the model itself failed (MLflow answers
-400), answers are kept for comparison by request id, and what it cannot take in time is shed with a 503.
+ours but `../artifact.py` and `../counting.py`, by path. It adds to MLflow's own scoring server: the digest is
+verified before anything is loaded, /ready is 200 only after a warm-up, 500 means that the model itself failed
+(MLflow answers 400), answers are kept for comparison by request id, and what it cannot take in time is shed with
+a 503.
 
 A model that streams does so where the caller accepts text/event-stream: `data: <JSON>` for each chunk and
 `data: [DONE]` at the end, the form of MLflow's agent server. An error on the way is an `event: error`, after
@@ -16,6 +17,10 @@ The gateway says what a request is, and removes these headers from callers' requ
     x-titleshot-priority: high       taken before other live requests
     x-titleshot-limits: 3=20;2=100   live requests per second by version; what is too much is a 429
     x-titleshot-own-path: 1          it asked for this version by name
+
+Where the gateway is not ours, the port says it instead (`--shadow-port`, `--own-port`, `--pinned-port`), and x-shadow
+and x-titleshot-own-path say nothing; a load test's header is believed on the own port only. With `--admin-port`, what
+is not for callers (/ready, /metrics, /titleshot/...) is answered there and nowhere else.
 """
 
 import argparse
@@ -29,6 +34,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -38,8 +44,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qs
+
+if TYPE_CHECKING:
+    from .. import artifact, counting, relay  # noqa: TID252 - for the type checker: at run time they are read by path
 
 JSON = "application/json"
 PLAIN_JSON = frozenset({JSON, f"{JSON};charset=utf-8"})
@@ -53,12 +63,25 @@ HIGH, LIVE, COPY = range(3)
 """The classes of requests, in the order in which they are taken. A load test's are like copies."""
 SMALL = 1 << 16
 """The bytes of a body that are always taken, however many others are under way."""
-QUIET, LINGER = 0.5, 5.0
-"""After SIGTERM: close the door once no live request has come for `QUIET` seconds, or after `LINGER`."""
 Scope = dict[str, Any]
 Receive = Callable[[], Any]
 Send = Callable[[dict[str, Any]], Any]
 Reply = tuple[int, str, bytes]
+
+
+def _beside(name: str) -> ModuleType:
+    """A module of the folder above, read by path."""
+    path = Path(__file__).resolve().parents[1] / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"titleshot_{name}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is missing beside the server")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if not TYPE_CHECKING:
+    artifact, counting, relay = _beside("artifact"), _beside("counting"), _beside("relay")
 
 
 class ModelFailed(BaseException):
@@ -490,64 +513,180 @@ class Stream:
         return b"".join(self._parts)
 
 
-class Server:
-    """The ASGI application."""
+@dataclass(slots=True)
+class Request:
+    """One request as it came. `kind` is one of `counting.KINDS`; `started` is monotonic, `at` since the epoch."""
+
+    kind: str
+    method: str
+    path: str
+    headers: dict[bytes, str]
+    started: float
+    at: float
+
+    def says(self, header: bytes) -> bool:
+        """Whether this header is "1"."""
+        return self.headers.get(header) == "1"
+
+
+def has_left(receive: Receive) -> bool:
+    """Whether the client has hung up, once its whole request was received. One step of `receive` tells: it returns at
+    once then, and waits otherwise.
+    """
+    coroutine = receive()
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        return bool(done.value["type"] == "http.disconnect")
+    coroutine.close()
+    return False
+
+
+class Body(Protocol):
+    """Where a request's body goes; `size` grows while it is read."""
+
+    body: bytes
+    size: int
+
+
+Page = Callable[[dict[str, list[str]]], Reply]
+
+
+class Front:
+    """The ASGI application, without what answers requests: ports and kinds, pages, counts, the ring, and the end."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.predictor: Predictor | None = None
-        self.line = Line()
         self.stopping = False
-        self._ring = Ring(options.keep, options.keep_bytes)
-        self._threads = ThreadPoolExecutor(options.concurrency, "predict")
-        self._room = options.concurrency + options.queue
-        self._bucket = Bucket()
+        self._ring, self._bucket, self._last = Ring(options.keep, options.keep_bytes), Bucket(), 0.0
         self._bodies = 0
-        self._last = 0.0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
-        # The raw path: a gateway that guards /titleshot/ does not decode %74itleshot, and neither do we.
-        path, method = scope["raw_path"].partition(b"?")[0].decode("latin-1"), scope["method"]
-        if path == "/invocations":
-            if method != "POST":
-                await self._send(send, (405, JSON, b'{"detail":"Method Not Allowed"}'))
-            else:
-                await self._invocation(scope, receive, send)
-            return
-        page = {
-            "/ping": self._ping,
-            "/health": self._ping,
-            "/version": self._version,
+        self.counts = counting.Counts({"model": options.model, "version": options.version})
+        ports = {
+            counting.LIVE: options.port,
+            counting.SHADOW: options.shadow_port,
+            counting.OWN: options.own_port,
+            counting.PINNED: options.pinned_port,
+        }
+        self._kinds = {port: kind for kind, port in ports.items() if port is not None}
+        self._by_port = len(self._kinds) > 1
+        self._for_all: dict[str, Page] = {"/ping": self._ping, "/health": self._ping, "/version": self._version}
+        self._for_us: dict[str, Page] = {
             "/ready": self._ready,
             "/titleshot/identity": self._identity,
             "/titleshot/answers": self._answers,
-        }.get(path)
-        if page is None:
-            await self._send(send, (404, JSON, b'{"detail":"Not Found"}'))
-        elif method not in {"GET", "HEAD"}:
-            await self._send(send, (405, JSON, b'{"detail":"Method Not Allowed"}'))
-        else:
-            await self._send(send, page(parse_qs(scope["query_string"].decode("latin-1"))))
+        }
 
-    def _ping(self, _query: dict[str, list[str]]) -> Reply:
-        return (200 if self.predictor else 503), JSON, b"\n"
-
-    def _ready(self, _query: dict[str, list[str]]) -> Reply:
-        return (200, JSON, b'{"ready":true}') if self._is_ready else (503, JSON, b'{"ready":false}')
+    async def answer(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that came to a port for callers."""
+        raise NotImplementedError
 
     @property
-    def _is_ready(self) -> bool:
-        return self.predictor is not None and not self.stopping
+    def is_ready(self) -> bool:
+        """Whether requests are welcome."""
+        raise NotImplementedError
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request."""
+        port = (scope.get("server") or ("", None))[1]
+        # The raw path: a gateway that guards /titleshot/ does not decode %74itleshot, and neither do we.
+        path, method = scope["raw_path"].partition(b"?")[0].decode("latin-1"), scope["method"]
+        if self.options.admin_port is not None and port == self.options.admin_port:
+            await self.admin(path, scope, send)
+            return
+        headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
+        request = Request("", method, path, headers, time.perf_counter(), time.time())
+        if request.method in {"GET", "HEAD"} and self.is_page(request):
+            await self.answer(request, scope, receive, send)
+            return
+        request.kind = kind = self._kind(port, request)
+        chain = relay.chain(headers.get(relay.HEADER, ""), self.options.version) if self._passes_on(kind) else []
+        if chain:
+            await self._relay(
+                lambda listen, say: self._counted(request, scope, listen, say), scope, receive, send, chain
+            )
+        else:
+            await self._counted(request, scope, receive, send)
+
+    def _passes_on(self, kind: str) -> bool:
+        """Whether another version may answer such a request in our place: not where this one was asked for by name."""
+        return bool(self.options.fallback) and kind in (counting.LIVE, counting.PINNED)
+
+    @functools.cached_property
+    def _relay(self) -> "relay.Relay":
+        return relay.Relay(self.options.fallback, self.options.version, self.options.timeout)
+
+    async def _counted(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, and count what we said, whatever another version says then."""
+        kind, status, seconds = request.kind, GONE, None
+
+        async def counted(message: dict[str, Any]) -> None:
+            nonlocal status, seconds
+            if message["type"] == "http.response.start" and not (self._by_port and has_left(receive)):
+                status, seconds = message["status"], time.perf_counter() - request.started
+            await send(message)
+
+        self.counts.begin(kind)
+        try:
+            await self.answer(request, scope, receive, counted)
+        except BaseException as error:
+            if seconds is None:  # what a server makes of it; who is cancelled was too slow to end
+                status = counting.NOBODY if isinstance(error, asyncio.CancelledError) else 500
+            raise
+        finally:
+            self.counts.end(kind, status, seconds)
+
+    def is_page(self, request: Request) -> bool:
+        """Whether it only looks. That is not counted: a gateway's health checks would make every version look well."""
+        return request.path in self._for_all
+
+    def _kind(self, port: int | None, request: Request) -> str:
+        load = request.says(b"x-titleshot-load")
+        if self._by_port:
+            kind = self._kinds.get(port or 0, counting.LIVE)
+            return counting.LOAD if load and kind == counting.OWN else kind
+        own = request.says(b"x-titleshot-own-path")
+        shadow = counting.SHADOW if request.says(b"x-shadow") else counting.OWN if own else counting.LIVE
+        return counting.LOAD if load else shadow
+
+    async def page(self, request: Request, scope: Scope, send: Send) -> None:
+        """Answer with a page, on a port for callers."""
+        pages = self._for_all if self.options.admin_port is not None else {**self._for_all, **self._for_us}
+        await self._page(request.path, pages, scope, send)
+
+    async def admin(self, path: str, scope: Scope, send: Send) -> None:
+        """Answer with a page, on the admin port."""
+        await self._page(path, {**self._for_all, **self._for_us, "/metrics": self._metrics}, scope, send)
+
+    async def _page(self, path: str, pages: dict[str, Page], scope: Scope, send: Send) -> None:
+        page = pages.get(path)
+        if page is None:
+            await self.reply(send, (404, JSON, b'{"detail":"Not Found"}'))
+        elif scope["method"] not in {"GET", "HEAD"}:
+            await self.reply(send, (405, JSON, b'{"detail":"Method Not Allowed"}'))
+        else:
+            await self.reply(send, page(parse_qs(scope["query_string"].decode("latin-1"))))
+
+    def _ping(self, _query: dict[str, list[str]]) -> Reply:
+        raise NotImplementedError
 
     def _version(self, _query: dict[str, list[str]]) -> Reply:
-        mlflow = sys.modules.get("mlflow")
-        return 200, JSON, getattr(mlflow, "__version__", "").encode()
+        raise NotImplementedError
+
+    def _ready(self, _query: dict[str, list[str]]) -> Reply:
+        return (200, JSON, b'{"ready":true}') if self.is_ready else (503, JSON, b'{"ready":false}')
 
     def _identity(self, _query: dict[str, list[str]]) -> Reply:
         options = self.options
         who = {"model": options.model, "version": options.version, "digest": options.digest}
-        return 200, JSON, json.dumps({**who, "pid": os.getpid(), "ready": self._is_ready}).encode()
+        return 200, JSON, json.dumps({**who, "pid": os.getpid(), "ready": self.is_ready}).encode()
+
+    def _metrics(self, _query: dict[str, list[str]]) -> Reply:
+        text = self.counts.text({"ready": int(self.is_ready), **self.gauges()})
+        return 200, "text/plain; version=0.0.4; charset=utf-8", text
+
+    def gauges(self) -> dict[str, float]:
+        """More of what there is to see, by name."""
+        return {}
 
     def _answers(self, query: dict[str, list[str]]) -> Reply:
         try:
@@ -557,22 +696,147 @@ class Server:
         lines = b"".join(kept.line() for kept in self._ring.after(after, limit))
         return 200, "application/x-ndjson", lines
 
-    async def _invocation(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
-        started, at = time.perf_counter(), time.time()
-        shadow, load = headers.get(b"x-shadow") == "1", headers.get(b"x-titleshot-load") == "1"
-        high = headers.get(b"x-titleshot-priority") == "high"
-        kind = COPY if shadow or load else HIGH if high else LIVE
-        if kind != COPY:
-            self._last = started
-        job = Job(kind, asyncio.get_running_loop().create_future(), headers.get(b"content-type", ""))
+    def is_copy(self, request: Request) -> bool:
+        """Whether its answer goes nowhere."""
+        return request.kind == counting.SHADOW or (not self._by_port and request.says(b"x-shadow"))
+
+    def rank(self, request: Request) -> int:
+        """Its class where others wait; live requests are remembered for the end."""
+        if self.is_copy(request) or request.kind == counting.LOAD:
+            return COPY
+        self._last = request.started
+        return HIGH if request.headers.get(b"x-titleshot-priority") == "high" else LIVE
+
+    def keep(self, request: Request, status: int, body: bytes, response: bytes) -> None:
+        """Keep an answer for comparison. A load test is nobody's request: not to be taken for live traffic later."""
+        if status == GONE or request.kind == counting.LOAD:
+            return
+        own = request.kind == counting.OWN or (not self._by_port and request.says(b"x-titleshot-own-path"))
+        self._ring.add(
+            request_id=request.headers.get(b"x-request-id", ""),
+            shadow=self.is_copy(request),
+            status=status,
+            request=body,
+            response=response,
+            at=request.at,
+            seconds=time.perf_counter() - request.started,
+            own_path=own,
+        )
+
+    def limited(self, request: Request) -> Reply | None:
+        """The refusal of what is too much, or None."""
+        header = "" if self.is_copy(request) else request.headers.get(b"x-titleshot-limits", "")
+        rate = limit_of(header, self.options.version) if header else None
+        if rate is None or self._bucket.take(rate, request.started):
+            return None
+        message = f"version {self.options.version} takes {rate:g} requests per second"
+        return 429, JSON, problem("RESOURCE_EXHAUSTED", message)
+
+    async def body(self, request: Request, receive: Receive, body: Body) -> Reply | None:
+        """Read a request's body; return a refusal where it is not to be had. `Front.forget` it in the end."""
+        options, parts, more = self.options, [], True
+        announced = int(request.headers.get(b"content-length") or 0)
         try:
-            refused = await self._body(receive, job, int(headers.get(b"content-length") or 0))
-            if refused is None and not shadow:
-                refused = self._limit(headers.get(b"x-titleshot-limits", ""), started)
+            async with asyncio.timeout(options.timeout):
+                while more and max(body.size, announced) <= options.max_body:
+                    if self._bodies > options.max_bodies and body.size > SMALL:
+                        return busy("too many large requests are under way")
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return GONE, JSON, b""
+                    parts.append(part := message.get("body", b""))
+                    body.size += len(part)
+                    self._bodies += len(part)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            return 408, JSON, problem("BAD_REQUEST", f"the body did not arrive within {options.timeout} s")
+        if max(body.size, announced) > options.max_body:
+            return 413, JSON, problem("BAD_REQUEST", f"a body has at most {options.max_body} bytes")
+        body.body = b"".join(parts)
+        return None
+
+    def forget(self, body: Body) -> None:
+        """The request of this body is over."""
+        self._bodies -= body.size
+
+    async def reply(self, send: Send, reply: Reply) -> None:
+        """Send a whole answer."""
+        status, content_type, body = reply
+        more = [(b"retry-after", b"1")] if status in {429, 503} else []
+        await self.start(send, status, content_type, (b"content-length", str(len(body)).encode()), *more)
+        await send({"type": "http.response.body", "body": body})
+
+    async def start(self, send: Send, status: int, content_type: str, *more: tuple[bytes, bytes]) -> None:
+        """Send the head of an answer."""
+        await self.head(send, status, [(b"content-type", content_type.encode()), *more])
+
+    async def head(self, send: Send, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """The same with all of the headers; ours are added."""
+        headers.append((b"x-titleshot-version", self.options.version.encode()))
+        if self.stopping:
+            headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def turn_away(self) -> None:
+        """Go on answering while live requests still come: the gateway has to hear first that we are not ready."""
+        now = time.perf_counter()
+        # Behind ports nobody knows how busy the gateway is that has yet to hear: an idle server waits as well.
+        end, since = now + self.options.linger, now if self._by_port else 0.0
+        while self.serves and time.perf_counter() < min(end, max(since, self._last) + self.options.quiet):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+    @property
+    def serves(self) -> bool:
+        """Whether it could answer at all, ready or not."""
+        raise NotImplementedError
+
+
+class Server(Front):
+    """A model of our own process behind the ports."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self.predictor: Predictor | None = None
+        self.line = Line()
+        self._threads = ThreadPoolExecutor(options.concurrency, "predict")
+        self._room = options.concurrency + options.queue
+
+    @property
+    def serves(self) -> bool:
+        """Whether the model is loaded."""
+        return self.predictor is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is loaded and warm, and is not about to end."""
+        return self.serves and not self.stopping
+
+    async def answer(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+        """Predict, or show a page."""
+        if request.path != "/invocations":
+            await self.page(request, scope, send)
+        elif request.method != "POST":
+            await self.reply(send, (405, JSON, b'{"detail":"Method Not Allowed"}'))
+        else:
+            await self._invocation(request, receive, send)
+
+    def _ping(self, _query: dict[str, list[str]]) -> Reply:
+        return (200 if self.serves else 503), JSON, b"\n"
+
+    def _version(self, _query: dict[str, list[str]]) -> Reply:
+        mlflow = sys.modules.get("mlflow")
+        return 200, JSON, getattr(mlflow, "__version__", "").encode()
+
+    async def _invocation(self, request: Request, receive: Receive, send: Send) -> None:
+        headers = request.headers
+        job = Job(self.rank(request), asyncio.get_running_loop().create_future(), headers.get(b"content-type", ""))
+        try:
+            refused = await self.body(request, receive, job)
+            if refused is None and self.serves:
+                refused = self.limited(request)
             if refused is not None:
                 if refused[0] != GONE:
-                    await self._send(send, refused)
+                    await self.reply(send, refused)
                 return
             accept = headers.get(b"accept", "")
             if EVENTS in accept and self.predictor is not None and self.predictor.streams:
@@ -581,50 +845,12 @@ class Server:
                 reply = await self._predict(job)
             else:
                 reply = no_stream()
-            if reply[0] != GONE and not load:  # a load test is nobody's request: not to be taken for live traffic later
-                self._ring.add(
-                    request_id=headers.get(b"x-request-id", ""),
-                    shadow=shadow,
-                    status=reply[0],
-                    request=job.body,
-                    response=reply[2],
-                    at=at,
-                    seconds=time.perf_counter() - started,
-                    own_path=headers.get(b"x-titleshot-own-path") == "1",
-                )
-            if job.stream is None or not job.stream.begun:
-                await self._send(send, reply)
+            self.keep(request, reply[0], job.body, reply[2])
+            # Nobody takes the answer of one that has left before it.
+            if reply[0] != GONE and (job.stream is None or not job.stream.begun):
+                await self.reply(send, reply)
         finally:
-            self._bodies -= job.size
-
-    async def _body(self, receive: Receive, job: Job, announced: int) -> Reply | None:
-        """Read the body into `job`; return a refusal where it is not to be had."""
-        options, parts, more = self.options, [], True
-        try:
-            async with asyncio.timeout(options.timeout):
-                while more and max(job.size, announced) <= options.max_body:
-                    if self._bodies > options.max_bodies and job.size > SMALL:
-                        return busy("too many large requests are under way")
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return GONE, JSON, b""
-                    parts.append(part := message.get("body", b""))
-                    job.size += len(part)
-                    self._bodies += len(part)
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            return 408, JSON, problem("BAD_REQUEST", f"the body did not arrive within {options.timeout} s")
-        if max(job.size, announced) > options.max_body:
-            return 413, JSON, problem("BAD_REQUEST", f"a body has at most {options.max_body} bytes")
-        job.body = b"".join(parts)
-        return None
-
-    def _limit(self, header: str, now: float) -> Reply | None:
-        rate = limit_of(header, self.options.version) if header else None
-        if rate is None or self.predictor is None or self._bucket.take(rate, now):
-            return None
-        message = f"version {self.options.version} takes {rate:g} requests per second"
-        return 429, JSON, problem("RESOURCE_EXHAUSTED", message)
+            self.forget(job)
 
     async def _stream(self, job: Job, receive: Receive, send: Send) -> Reply:
         job.stream = Stream(self, job, receive, send)
@@ -680,26 +906,6 @@ class Server:
         if not job.done.done():
             job.done.set_result(reply)
 
-    async def _send(self, send: Send, reply: Reply) -> None:
-        status, content_type, body = reply
-        more = [(b"retry-after", b"1")] if status in {429, 503} else []
-        await self.start(send, status, content_type, (b"content-length", str(len(body)).encode()), *more)
-        await send({"type": "http.response.body", "body": body})
-
-    async def start(self, send: Send, status: int, content_type: str, *more: tuple[bytes, bytes]) -> None:
-        """Send the head of an answer."""
-        version = (b"x-titleshot-version", self.options.version.encode())
-        headers = [(b"content-type", content_type.encode()), version, *more]
-        if self.stopping:
-            headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def turn_away(self) -> None:
-        """Go on answering while live requests still come: the gateway has to hear first that we are not ready."""
-        end = time.perf_counter() + LINGER
-        while self.predictor is not None and time.perf_counter() < min(end, self._last + QUIET):  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-
     def load(self) -> None:
         """Load and warm up; then /ready is 200."""
         predictor = Predictor(Path(self.options.path))
@@ -709,13 +915,6 @@ class Server:
 
 def verify(options: argparse.Namespace) -> str | None:
     """Compare the artifact with the digest it was admitted with; return what is wrong."""
-    spec = importlib.util.spec_from_file_location(
-        "titleshot_artifact", Path(__file__).resolve().parents[1] / "artifact.py"
-    )
-    if spec is None or spec.loader is None:
-        return "artifact.py is missing beside the server"
-    artifact = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(artifact)
     try:
         found = artifact.digest(Path(options.path))
     except (OSError, ValueError) as error:
@@ -723,33 +922,65 @@ def verify(options: argparse.Namespace) -> str | None:
     return None if found == options.digest else f"its digest is {found}, admitted was {options.digest}"
 
 
-def parse(arguments: Iterable[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Serve one model version.")
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The command line of whatever stands at the ports."""
+    parser = argparse.ArgumentParser(description=description)
     for name in ("model", "version", "path", "digest"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--concurrency", type=int, default=2, help="predictions at once")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen at")
+    parser.add_argument(
+        "--port", type=int, required=True, help="for live requests; alone, headers say what is not live"
+    )
+    parser.add_argument("--shadow-port", type=int, help="for copies")
+    parser.add_argument("--own-port", type=int, help="for the version's own path, and for load tests")
+    parser.add_argument("--pinned-port", type=int, help="for requests that a header sends here")
+    parser.add_argument(
+        "--admin-port", type=int, help="for /ready, /metrics and /titleshot/, which are nowhere else then"
+    )
     parser.add_argument("--queue", type=int, default=256, help="requests that wait; more are shed")
+    parser.add_argument("--fallback", default="", help="URL with {version}: who answers what this version fails")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one answer")
     parser.add_argument("--max-body", type=int, default=32 << 20, help="bytes of a request")
     parser.add_argument("--max-bodies", type=int, default=512 << 20, help="bytes of all requests under way")
     parser.add_argument("--keep", type=int, default=5000, help="answers kept for comparison")
     parser.add_argument("--keep-bytes", type=int, default=64 << 20, help="bytes of bodies kept")
-    return parser.parse_args(None if arguments is None else list(arguments))
+    parser.add_argument(
+        "--quiet", type=float, default=0.5, help="seconds without a live request that end it at SIGTERM"
+    )
+    parser.add_argument("--linger", type=float, default=5.0, help="seconds after SIGTERM that it listens at most")
+    parser.add_argument("--graceful", type=float, default=30.0, help="seconds then for what is under way")
+    return parser
 
 
-def main() -> int:
-    """Verify, serve, load; return the exit code."""
-    # Run by path, our own directory would come first for every import of the model's code.
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-    options = parse()
-    if wrong := verify(options):
-        print(f"{options.model} {options.version} is not what was admitted: {wrong}", file=sys.stderr)  # noqa: T201
-        return WRONG_DIGEST
+def parse(given: Iterable[str] | None = None) -> argparse.Namespace:
+    """The command line of the model server."""
+    parser = arguments("Serve one model version.")
+    parser.add_argument("--concurrency", type=int, default=2, help="predictions at once")
+    return parser.parse_args(None if given is None else list(given))
+
+
+def listeners(options: argparse.Namespace) -> list[socket.socket]:
+    """A socket for each port, bound. Raises `OSError`."""
+    ports = [options.port, options.shadow_port, options.own_port, options.pinned_port, options.admin_port]
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    bound = []
+    for port in ports:
+        if port is not None:
+            bound.append(one := socket.socket(family))
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind((options.host, port))
+    return bound
+
+
+class Unservable(Exception):
+    """Why this version cannot be served, in one sentence."""
+
+
+def run(app: Front, load: Callable[[], None]) -> int:
+    """Serve `app` until a signal; `load` makes it ready, in a thread of its own. Returns the exit code."""
     import uvicorn
 
-    app = Server(options)
+    options = app.options
 
     class Gentle(uvicorn.Server):
         """Says that it is not ready as soon as it is asked to stop, and closes the door when that was heard."""
@@ -764,8 +995,6 @@ def main() -> int:
 
     config = uvicorn.Config(
         app,
-        host="127.0.0.1",
-        port=options.port,
         lifespan="off",
         ws="none",
         access_log=False,
@@ -773,27 +1002,51 @@ def main() -> int:
         server_header=False,
         # Longer than the gateway keeps an idle connection: or the gateway writes into a closing one.
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=30,
+        timeout_graceful_shutdown=options.graceful,
     )
     server, failed = Gentle(config), threading.Event()
 
-    def load() -> None:
+    def begin() -> None:
         try:
-            app.load()
+            load()
+        except Unservable as error:
+            print(f"{options.model} {options.version} cannot be served: {error}", file=sys.stderr)  # noqa: T201
         except BaseException:  # noqa: BLE001 - whatever a model raises, it is not served
             traceback.print_exc()
             print(f"{options.model} {options.version} cannot be served: see above", file=sys.stderr)  # noqa: T201
-            failed.set()
-            server.should_exit = True
+        else:
+            return
+        failed.set()
+        server.should_exit = True
 
-    threading.Thread(target=load, name="load", daemon=True).start()
-    server.run()
+    try:
+        sockets = listeners(options)
+    except OSError as error:
+        print(f"{options.model} {options.version} cannot listen at {options.host}: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    threading.Thread(target=begin, name="load", daemon=True).start()
+    server.run(sockets)
     return 1 if failed.is_set() else 0
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> None:
+    """End the process. A prediction that hangs in its thread must not keep a stopped server alive."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # A prediction that hangs in its thread must not keep a stopped server alive.
     os._exit(code)
+
+
+def main() -> int:
+    """Verify, serve, load; return the exit code."""
+    # Run by path, our own directory would come first for every import of the model's code.
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+    options = parse()
+    if wrong := verify(options):
+        print(f"{options.model} {options.version} is not what was admitted: {wrong}", file=sys.stderr)  # noqa: T201
+        return WRONG_DIGEST
+    app = Server(options)
+    return run(app, app.load)
+
+
+if __name__ == "__main__":
+    leave(main())

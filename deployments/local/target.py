@@ -4,6 +4,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +26,12 @@ from deployments import runtimes
 from deployments.artifact import digest
 from deployments.local import envoy
 from deployments.local.gateway import Gateway
+from deployments.local.preview import Picture, differences
 from deployments.local.state import Deployed, State
 from deployments.local.supervisor import Program, Status, Supervisor, wait_for
 from deployments.target import (
     Answer,
+    Change,
     Endpoint,
     Entry,
     Fence,
@@ -38,6 +41,7 @@ from deployments.target import (
     TargetError,
     TargetUnavailable,
     Traffic,
+    Unit,
     Version,
 )
 
@@ -128,6 +132,10 @@ class LocalTarget:
             return self._gateway.up() and not self._gateway.sick(names)
         except TargetUnavailable:
             return False
+
+    def up(self) -> bool:
+        """Whether supervisord, and with it the gateway, runs."""
+        return self.supervisor.up()
 
     def models(self) -> tuple[str, ...]:
         """The models that have a gateway."""
@@ -372,6 +380,32 @@ class LocalTarget:
         """The deployed versions, by number."""
         return {one.version: self._endpoint(one) for one in self._state.endpoints(model) if one.ready}
 
+    def units(self, model: str) -> Mapping[str, Sequence[Unit]]:
+        """The one server of every deployed version."""
+        programs = self.supervisor.status()
+        found = {one.version: programs.get(_name(one)) for one in self._state.endpoints(model) if one.ready}
+        return {version: [Unit(one.name, one.state, one.pid)] for version, one in found.items() if one is not None}
+
+    def cannot(self, traffic: Traffic) -> tuple[str, ...]:
+        """What no gateway here obeys: headers that a client cannot send."""
+        return tuple(envoy.faults(traffic.shape))
+
+    def changes(self, version: Version, traffics: Sequence[Traffic]) -> tuple[tuple[Change, ...], ...]:
+        """What a deploy and the routes after it would change: programs, and the gateway's resources. From what is
+        recorded, so it needs neither gateway nor lease.
+        """
+        model, gateways = version.model, self._state.gateways()
+        self._refuse_artifact(version)
+        known = self._recorded(version) or self._fresh(version, sys.executable)
+        now = Picture(model, gateways.get(model), self._backends(model), {}, self._state.traffic(model))
+        there = {one.version for one in now.backends}
+        backends = now.backends if known.version in there else [*now.backends, _backend(known)]
+        port = now.port or self.options.gateway_ports.get(model) or self._free_port({known.port})
+        programs = {} if known.ready else {_name(known): self._program(known)}
+        pictures = [now, dataclasses.replace(now, port=port, backends=backends, programs=programs)]
+        pictures += [dataclasses.replace(pictures[1], traffic=traffic) for traffic in traffics]
+        return tuple(differences(*pair, self.options.limits) for pair in itertools.pairwise(pictures))
+
     # --- deploying
 
     def _refuse_artifact(self, version: Version) -> None:
@@ -397,11 +431,14 @@ class LocalTarget:
         return None
 
     def _record(self, version: Version, python: str) -> Deployed:
-        port, path = self._free_port(), str(version.path.resolve())
-        fresh = Deployed(version.model, version.number, port, path, version.digest, python, ready=False)
+        fresh = self._fresh(version, python)
         self._state.save(fresh)
         self.supervisor.log(_name(fresh)).unlink(missing_ok=True)
         return fresh
+
+    def _fresh(self, version: Version, python: str) -> Deployed:
+        path = str(version.path.resolve())
+        return Deployed(version.model, version.number, self._free_port(), path, version.digest, python, ready=False)
 
     def _program(self, known: Deployed) -> Program:
         options = self.options
@@ -677,10 +714,10 @@ class LocalTarget:
         url = f"{self.gateway(one.model)}/v/{one.version}"
         return Endpoint(one.model, one.version, url, _direct(one))
 
-    def _free_port(self) -> int:
+    def _free_port(self, besides: Collection[int] = ()) -> int:
         # Below the kernel's own range, where a client's connection could sit on it after a restart. Each home
         # begins elsewhere, so that two of them seldom want the same one at the same time.
-        ports, taken = self.options.ports, self._state.ports()
+        ports, taken = self.options.ports, {*self._state.ports(), *besides}
         start = zlib.crc32(bytes(self.home)) % len(ports)
         for place in range(len(ports)):
             port = ports[(start + place) % len(ports)]

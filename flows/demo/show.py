@@ -16,6 +16,7 @@ from flows.demo.models import CHALLENGERS, CHAMPION, Fitted, Recipe, fit
 from tasks import stack
 from tasks.settings import Mistake, Settings
 from tasks.settings import load as load_settings
+from tasks.targets import local_target
 
 RATE = 30.0
 """Live requests per second."""
@@ -64,7 +65,7 @@ def _show(settings: Settings, fitted: list[Fitted], tell: Callable[[str], None],
         first = promote(model=model, policy=str(policies["first"]), version=numbers[0])
     if first["phase"] != "promoted":
         raise Mistake(f"the demo's champion was not promoted: {first['why']}; see `titleshot doctor`")
-    gateway = stack.settings_target(settings).gateway(model)
+    gateway = local_target(settings).gateway(model)
     tell(f"live traffic begins: {RATE:g} requests/s to {gateway}")
     profile = load.Profile(rate=RATE, seconds=LONGEST, timeout=20)
     live = load.start(profile, f"{gateway}/invocations", folder / "requests.jsonl", folder / "live")

@@ -6,15 +6,12 @@ and thereby hide the stall. One greenlet keeps the schedule, each request runs i
 
 import contextlib
 import gc
-import itertools
 import json
 import math
 import os
-import random
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,53 +20,12 @@ from gevent.lock import RLock
 from locust import FastHttpUser, task
 from locust.exception import StopUser
 
+from loadtests.plan import Plan
+
 MAX_FAILURES = 200
+SERVERS_HEADER = "x-titleshot-version"
+"""Where a model's own server says its version: not every gateway does."""
 _CONNECTIONS = 512
-
-
-class Plan:
-    """What to do, as `loadtests.run` wrote it."""
-
-    def __init__(self, path: Path) -> None:
-        plan = json.loads(path.read_text())
-        self.targets: dict[str, str] = plan["targets"]
-        self.rate: float = plan["rate"]
-        self.seconds: float = plan["seconds"]
-        self.poisson: bool = plan["arrivals"] == "poisson"
-        self.times: list[float] = plan["times"]
-        self.timeout: float = plan["timeout"]
-        self.seed: int = plan["seed"]
-        self.headers: dict[str, str] = {"content-type": "application/json", **plan["headers"]}
-        self.payloads = Path(plan["payloads"]).read_bytes().split(b"\n")
-        self.payloads = [line for line in self.payloads if line.strip()]
-        self.result = Path(plan["result"])
-        self.progress = Path(plan["progress"])
-        self.version_header: str = plan["version_header"]
-
-    def arrivals(self) -> Iterator[tuple[float, str, bytes]]:
-        """When (seconds after the start), to whom, and what.
-
-        Every target gets the same payloads in the same order, at the same rate. In each round every
-        target has one turn, in random order, so that none of them always follows another; the turns are
-        spread over the round, so that they do not meet at the machine.
-        """
-        luck = random.Random(self.seed)  # noqa: S311 - a schedule that can be repeated
-        names = list(self.targets)
-        for turn, (at, gap) in enumerate(self.rounds(luck)):
-            luck.shuffle(names)
-            for place, name in enumerate(names):
-                yield at + gap * place / len(names), name, self.payloads[turn % len(self.payloads)]
-
-    def rounds(self, luck: random.Random) -> Iterator[tuple[float, float]]:
-        """When each round begins, and how long it lasts: to the next one, for the mean gap at the most."""
-        total, gap = round(self.rate * self.seconds), 1 / self.rate
-        if not (self.poisson or self.times):
-            yield from ((turn * gap, gap) for turn in range(total))
-            return
-        # Given their number, the arrivals of a Poisson process are uniform: so it is exactly the number planned.
-        times = self.times or sorted(luck.uniform(0, self.seconds) for _ in range(total))
-        for at, following in itertools.pairwise([*times, self.seconds]):
-            yield at, min(following - at, gap)
 
 
 class Tally:
@@ -132,12 +88,23 @@ class Scoring(FastHttpUser):  # type: ignore[misc]
             self.keep_schedule()
             self.finish()
         finally:
-            # Not from here: it ends this very greenlet.
-            gevent.spawn(self.environment.runner.quit)
+            self.leave()
+
+    def begin(self) -> float:
+        """The moment from which the schedule's times count, on the clock of `time.perf_counter`."""
+        return time.perf_counter()
+
+    def leave(self) -> None:
+        """The user's work is over: end the process. Not from here: it ends this very greenlet."""
+        gevent.spawn(self.environment.runner.quit)
+
+    def about(self) -> dict[str, Any]:
+        """What the result says besides."""
+        return {}
 
     def keep_schedule(self) -> None:
         """Start every request at its time, whatever became of those before it."""
-        self.origin = origin = time.perf_counter()
+        self.origin = origin = self.begin()
         for at, name, payload in self.plan.arrivals():
             intended = origin + at
             # Even when late: without a pause the answers could not be read.
@@ -164,7 +131,8 @@ class Scoring(FastHttpUser):  # type: ignore[misc]
                 catch_response=True,
             ) as response:
                 status, body = response.status_code, response.content or b""
-                version = str((response.headers or {}).get(self.plan.version_header) or "")
+                said = response.headers or {}
+                version = str(said.get(self.plan.version_header) or said.get(SERVERS_HEADER) or "")
                 reason = self.judge(response, time.perf_counter() - intended)
                 response.failure(reason) if reason else response.success()
         except gevent.GreenletExit:
@@ -216,7 +184,7 @@ class Scoring(FastHttpUser):  # type: ignore[misc]
     def write_result(self, stopped: float) -> None:
         """Everything that `loadtests.run` reads; no request was sent after `stopped`."""
         elapsed = time.perf_counter() - self.clock
-        _write(
+        write(
             self.plan.result,
             {
                 "started": self.started,
@@ -225,6 +193,7 @@ class Scoring(FastHttpUser):  # type: ignore[misc]
                 "failures": self.failures,
                 "lateness": list(self.lateness),
                 "cpu": (time.process_time() - self.cpu) / elapsed,
+                **self.about(),
             },
         )
 
@@ -246,7 +215,7 @@ class Scoring(FastHttpUser):  # type: ignore[misc]
             "seconds": time.perf_counter() - self.clock,
         }
         with contextlib.suppress(OSError):  # progress is worth less than the run
-            _write(self.plan.progress, counts)
+            write(self.plan.progress, counts)
 
 
 def _reason(error: BaseException) -> str:
@@ -259,7 +228,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(cause).__name__}: {cause}"[:120]
 
 
-def _write(path: Path, data: dict[str, Any]) -> None:
+def write(path: Path, data: dict[str, Any]) -> None:
     """Whole or not at all: readers never see half a file."""
     beside = path.with_name(f"{path.name}.part")
     beside.write_text(json.dumps(data))

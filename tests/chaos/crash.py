@@ -48,11 +48,12 @@ class Registry:
 
     def __init__(self, home: Path) -> None:
         from tasks import settings, stack
+        from tasks.targets import local_target
 
         self.home, self._jobs, self._numbers = home, home / "jobs", count(1)
         self._jobs.mkdir()
         self.settings = settings.load()
-        self.target = stack.settings_target(self.settings)
+        self.target = local_target(self.settings)
         self._stack, self._nursery = stack, None
         self.policy = home / "policy.yaml"
         self.policy.write_text(json.dumps(POLICY))

@@ -122,7 +122,7 @@ def perform(job: dict[str, Any]) -> Any:
 def _await_step(loaded: Any, model: str, step: str) -> None:
     """Return once a promotion is at a step of this kind."""
     from deployments.local.supervisor import wait_for
-    from tasks.stack import settings_target
+    from tasks.targets import settings_target
 
     target = settings_target(loaded)
 

@@ -1,6 +1,6 @@
-"""Both targets behind one `World`: the fake, and the real one with Envoy, supervisord and model servers."""
+"""Every target behind one `World`: the fake, the local one with Envoy, supervisord and model servers, and Kubernetes on
+the tests' own cluster, where pods are processes and the Gateway is an Envoy."""
 
-import asyncio
 import json
 import os
 import shutil
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,62 +20,11 @@ from deployments.artifact import digest
 from deployments.local.supervisor import wait_for
 from deployments.local.target import LocalTarget, Options
 from deployments.target import Fence, LeaseHeld, ServingTarget, TargetError, Traffic, Version
+from tests.cluster.node import LocalCluster
+from tests.cluster.real import RealCluster, reason_to_skip
+from tests.cluster.world import KubernetesWorld, own_settings
+from tests.contract.clients import BROKEN, FLAWED, GOOD, KINDS, MODEL, Clients, Reply, body, make_models
 from tests.fakes import Behaviour, FakeTarget
-
-MODEL = "flights"
-CODE = """
-import pathlib, time
-
-def _load_pyfunc(path):
-    kind = pathlib.Path(path, "kind").read_text()
-    if kind == "broken":
-        raise RuntimeError("the weights are not where they should be")
-    return Model(kind)
-
-class Model:
-    def __init__(self, kind):
-        self.kind = kind
-    def predict(self, data, params=None):
-        answers = []
-        for x in data["x"]:
-            if self.kind == "flawed" and x == 13:
-                raise ValueError("never seen 13 in training")
-            if x < 0:
-                time.sleep(-x)
-            answers.append(2 * x)
-        return answers
-"""
-MLMODEL = """\
-flavors:
-  python_function:
-    code: code
-    loader_module: tiny_{kind}
-signature:
-  inputs: '[{{"type": "double", "name": "x", "required": true}}]'
-  outputs: '[{{"type": "double", "required": true}}]'
-  params: null
-"""
-GOOD, FLAWED, BROKEN = "good", "flawed", "broken"
-KINDS = {"1": GOOD, "2": GOOD, "3": FLAWED}
-"""The versions that are deployed throughout. Kinds: `good` answers 2x and sleeps -x seconds for a negative x;
-`flawed` is the same but raises for 13; `broken` does not load."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a client got."""
-
-    status: int
-    version: str | None
-    attempts: int
-    request_id: str
-    text: str
-    chosen: str | None = None
-
-
-def body(x: float) -> bytes:
-    """A request with one row."""
-    return json.dumps({"dataframe_split": {"columns": ["x"], "data": [[x]]}}).encode()
 
 
 class World(Protocol):
@@ -164,7 +112,7 @@ class FakeWorld:
         self.now += 61
 
 
-class LocalWorld:
+class LocalWorld(Clients):
     """The real thing in a home of its own."""
 
     def __init__(self, root: Path, home: Path, options: Options) -> None:
@@ -174,55 +122,6 @@ class LocalWorld:
 
     def version(self, number: str, kind: str = GOOD) -> Version:
         return Version(MODEL, number, self.root / kind, digest(self.root / kind))
-
-    def send(
-        self,
-        count: int,
-        x: float = 1.0,
-        version: str | None = None,
-        ids: Callable[[int], str] | None = None,
-        headers: Callable[[int], dict[str, str]] | None = None,
-    ) -> list[Reply]:
-        path = f"/v/{version}/invocations" if version else "/invocations"
-        return asyncio.run(self._send(count, path, body(x), ids, more=headers))
-
-    def pings(self, count: int) -> Counter[str | None]:
-        replies = asyncio.run(self._send(count, "/ping", b"", None, method="GET"))
-        assert {reply.status for reply in replies} == {200}
-        return Counter(reply.version for reply in replies)
-
-    async def _send(
-        self,
-        count: int,
-        path: str,
-        content: bytes,
-        ids: Callable[[int], str] | None,
-        at_once: int = 16,
-        method: str = "POST",
-        more: Callable[[int], dict[str, str]] | None = None,
-    ) -> list[Reply]:
-        gate = asyncio.Semaphore(at_once)
-        limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
-        async with httpx.AsyncClient(
-            base_url=self.target.gateway(MODEL), timeout=60, limits=limits, trust_env=False
-        ) as client:
-
-            async def one(number: int) -> Reply:
-                headers = {"content-type": "application/json"} | (more(number) if more else {})
-                if ids:
-                    headers["x-request-id"] = ids(number)
-                async with gate:
-                    answer = await client.request(method, path, content=content, headers=headers)
-                attempts = int(answer.headers.get("x-envoy-attempt-count", 0))
-                version, name = answer.headers.get("x-model-version"), answer.headers.get("x-request-id", "")
-                chosen = answer.headers.get("x-model-chosen")
-                return Reply(answer.status_code, version, attempts, name, answer.text, chosen)
-
-            return await asyncio.gather(*map(one, range(count)))
-
-    def at_once(self, count: int, x: float) -> list[Reply]:
-        """All of them in flight together."""
-        return asyncio.run(self._send(count, "/invocations", body(x), None, at_once=count))
 
     def pid(self, version: str) -> int:
         """The process that serves a version."""
@@ -257,17 +156,6 @@ class LocalWorld:
     def expire(self, fence: Fence) -> None:
         with self.local._state._transaction() as db:
             db.execute("UPDATE holder SET renewed=-1e9 WHERE model=?", (fence.model,))
-
-
-def make_models(root: Path) -> Path:
-    """One artifact directory per kind, small and quick to load."""
-    for kind in (GOOD, FLAWED, BROKEN):
-        (root / kind / "code").mkdir(parents=True)
-        (root / kind / "MLmodel").write_text(MLMODEL.format(kind=kind))
-        (root / kind / "code" / f"tiny_{kind}.py").write_text(CODE)
-        (root / kind / "kind").write_text(kind)
-        (root / kind / "serving_input_example.json").write_bytes(body(1.0))
-    return root
 
 
 @pytest.fixture(scope="session")
@@ -307,9 +195,48 @@ def _deploy_all(world: World) -> None:
     world.target.release(fence)
 
 
-@pytest.fixture(params=["fake", "local"])
+@pytest.fixture(scope="session")
+def kubernetes_world(models: Path) -> Iterator[KubernetesWorld]:
+    """The Kubernetes target with versions 1 to 3 deployed: on a cluster of its own, or in `make test-cluster` on a real
+    one."""
+    if os.environ.get("TITLESHOT_TEST_CLUSTER"):
+        if why := reason_to_skip():
+            pytest.skip(why)
+        with RealCluster() as part:
+            kinds = {**KINDS, "4": GOOD, "5": BROKEN, "6": GOOD, "8": GOOD}
+            world = KubernetesWorld(models, part.settings({number: models / kind for number, kind in kinds.items()}))
+            _deploy_all(world)
+            yield world
+        return
+    with LocalCluster() as own:
+        world = KubernetesWorld(models, own_settings(own, models), own)
+        _deploy_all(world)
+        yield world
+
+
+NOT_ON_KUBERNETES = {
+    "test_a_growing_share_moves_no_user_back": "no Gateway API feature keeps a user with a growing share: it is refused",
+    "test_a_killed_challenger_costs_no_client_a_failure": "one replica that dies is noticed by its probe only",
+}
+"""What the target does not promise on a cluster, and why: its `cannot` and docs/kubernetes.md say so."""
+BY_FALLBACK = {
+    "test_a_failing_challenger_costs_no_client_a_failure",
+    "test_fallback_answers_for_the_champion",
+    "test_a_pin_goes_before_the_weights",
+    "test_beyond_its_limit_a_version_is_relieved",
+}
+"""Here one version's server asks another's by its Service: on a real cluster that takes DNS and kube-proxy."""
+
+
+@pytest.fixture(params=["fake", "local", "kubernetes"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    """Either target, with version 1 as champion before and after."""
+    """Each target, with version 1 as champion before and after."""
+    name = request.node.originalname
+    if request.param == "kubernetes" and name in NOT_ON_KUBERNETES:
+        pytest.skip(NOT_ON_KUBERNETES[name])
+    real = os.environ.get("TITLESHOT_TEST_CLUSTER")
+    if request.param == "kubernetes" and real and name in BY_FALLBACK and not os.environ.get("TITLESHOT_TEST_DNS"):
+        pytest.skip("TITLESHOT_TEST_DNS is not set: pods may not resolve Services here")
     found: World = request.getfixturevalue(f"{request.param}_world")
     yield found
     calm(found)

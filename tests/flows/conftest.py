@@ -211,7 +211,7 @@ def maker(settings: Any, request: pytest.FixtureRequest) -> Iterator[Maker]:
 def take_down(model: str) -> None:
     """Stop the servers of a test's model, so that the next test has the machine to itself."""
     from tasks import settings
-    from tasks.stack import settings_target
+    from tasks.targets import settings_target
 
     target = settings_target(settings.load())
     for number in list(target.deployed(model)):

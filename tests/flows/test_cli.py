@@ -4,9 +4,11 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from flows import cli
+from tasks import registry
 from tests.flows.conftest import Maker, promote
 
 GOOD = {"kind": "integrity"}
@@ -224,11 +227,32 @@ def test_an_empty_reference_set_is_said(
     assert cli.run(["promote", maker.model, "--policy", str(path), "--version", empty]) == 1
 
 
+def everything(stack: Any, model: str) -> tuple[Any, ...]:
+    """All that a promotion could change: the home's database, routes and downloads, and the registry."""
+    client = registry.client()
+    files = [path for name in ("run/xds", "models", "promotions") for path in (stack.home / name).rglob("*")]
+    with closing(sqlite3.connect(stack.home / "state.db")) as db:
+        rows = [
+            db.execute(f"SELECT * FROM {table}").fetchall() for table in ("holder", "journal", "endpoint", "gateway")
+        ]
+    versions = [(one.version, one.tags, one.current_stage) for one in client.search_model_versions(f"name='{model}'")]
+    contents = {path: path.read_bytes() for path in files if path.is_file()}
+    return contents, rows, versions, client.get_registered_model(model).aliases
+
+
 def test_history_explain_show_and_suite(
     said: Said, stack: Any, maker: Maker, policy: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A promotion is listed, explained in words and numbers, shown as a page; a suite is written once."""
+    """A promotion is listed, explained in words and numbers, shown as a page; a suite is written once. A dry run
+    before it touches nothing and names what the promotion then does."""
     number = maker.version()
+    before = everything(stack, maker.model)
+    assert cli.run(["promote", maker.model, "--policy", str(policy(GOOD)), "--version", number, "--dry-run"]) == 0
+    told = capfd.readouterr().out
+    assert f"+ program model-{maker.model}-{number}" in told
+    assert f"+ gateway routes {maker.model}" in told
+    assert "+ alias champion\n    @@ -0,0 +1 @@\n    +v1" in told
+    assert everything(stack, maker.model) == before
     assert cli.run(["promote", maker.model, "--policy", str(policy(GOOD)), "--version", number, "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     assert cli.run(["history", maker.model, "--json"]) == 0

@@ -253,7 +253,7 @@ def test_the_run_time_is_not_cut_short(server, payloads, tmp_path):
     folder = tmp_path / "run"
     plan = Profile(rate=20, seconds=600)
     process = module._launch(plan, {"a": server.url("/t")}, payloads, folder)
-    module._kill(process)
+    module.kill(process)
     environment = {**os.environ, "TITLESHOT_LOAD": str(folder / "plan.json"), "PYTHONPATH": str(ROOT)}
     files = f"{burn},{ROOT / 'loadtests' / 'locustfile.py'}"
     command = [sys.executable, "-m", "locust", "-f", files, "--headless", "-u", "1", "-t", "2s"]
@@ -354,9 +354,9 @@ def sound(**changes):
 def test_an_unsound_run_is_an_error(changes, message):
     """Ended early, sent too little, lost answers, left late: each is the generator's fault, and raises."""
     profile = Profile(rate=20, seconds=1, max_cpu=0.9)
-    module._require_sound(sound(), profile)
+    module.require_sound(sound(), profile)
     with pytest.raises(LoadError, match=message):
-        module._require_sound(sound(**changes), profile)
+        module.require_sound(sound(**changes), profile)
 
 
 def test_a_generator_that_cannot_keep_up_is_saturated(server, payloads):
@@ -699,7 +699,7 @@ def test_the_generators_health_is_a_check_that_never_fails_the_challenger(latene
 
     bounds = {"generator_lateness_ms": Bound(max=100), "generator_cpu": Bound(max=0.8)}
     whole = sound(lateness=np.full(20, lateness), cpu=cpu)
-    module._require_sound(whole, Profile(rate=20, seconds=1, max_lateness=100 / 1000, max_cpu=0.8))
+    module.require_sound(whole, Profile(rate=20, seconds=1, max_lateness=100 / 1000, max_cpu=0.8))
     verdict = judge("load", bounds, Evidence(measurements=generator([whole])), 20)
     assert verdict.outcome == "passed"
 

@@ -1,5 +1,6 @@
 """The policy file: what is read is what runs, and a slip of the pen is refused with its place and its mend."""
 
+import json
 import re
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from validations.policy import ROLLBACK, Policy, PolicyError, read
 from validations.quiet import Quiet
 from validations.traffic import Like, Pinned, Shaping
 from validations.verdict import Bound
+from validations.waves import Waves
 
 GOOD = """\
 version: 1
@@ -120,9 +122,9 @@ def test_every_gate_and_check_is_documented() -> None:
 
 
 def test_every_word_is_documented() -> None:
-    """docs/policy.md names every word of the file, of each gate and of the blocks `traffic` and `quiet`."""
+    """docs/policy.md names every word of the file, of each gate and of the blocks `target`, `traffic` and `quiet`."""
     page = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
-    for record in (*GATES.values(), Policy, Shaping, Pinned, Like, Quiet):
+    for record in (*GATES.values(), Policy, Waves, Shaping, Pinned, Like, Quiet):
         for name, field in record.model_fields.items():
             word = field.alias or name
             if name in BaseGate.model_fields or record is Policy:
@@ -141,6 +143,54 @@ def test_examples_of_traffic_in_the_documents_can_be_read() -> None:
     assert [pin.version for pin in traffic.pins] == ["challenger", "3"]
     assert traffic.numbers == {"3", "2"}
     assert (traffic.sticky, traffic.fallback, traffic.limits) == ("x-user", "2", {"challenger": 20})
+
+
+REGIONS = {"kind": "kserve", "waves": [["eu"], ["us", "asia"]], "on_failure": "all"}
+
+
+def test_the_first_region_goes_through_all_gates_and_the_others_through_some() -> None:
+    """A region's own policy has one place and its part of the gates; the file's order stays."""
+    text = GOOD.replace("gates:", f"target: {json.dumps(REGIONS)}\ngates:", 1)
+    policy = read(text)
+    assert isinstance(policy.target, Waves)
+    assert policy.target.regions == ("eu", "us", "asia")
+    first, further = policy.in_region(further=False), policy.in_region(further=True)
+    assert (first.target, first.gates) == ("kserve", policy.gates)
+    assert {gate.kind for gate in further.gates} == {"canary", "watch"} & {gate.kind for gate in policy.gates}
+    assert read(GOOD).in_region(further=True) == read(GOOD)
+
+
+def test_what_goes_back_is_the_wave_or_all() -> None:
+    """The latest region first; regions that have not promoted are not asked."""
+    waves = Waves(waves=(("eu",), ("us", "asia")))
+    assert waves.go_back("asia", ("eu", "us")) == ("us",)
+    assert waves.go_back("us", ("eu",)) == ()
+    everything = waves.model_copy(update={"on_failure": "all"})
+    assert everything.go_back("asia", ("eu", "us")) == ("us", "eu")
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("kubernets", "target: .*'local', 'kubernetes' or 'kserve'"),
+        ("{waves: []}", r"target.waves: .*at least 1"),
+        ("{wave: [[eu]]}", "unknown word 'wave'; did you mean 'waves'"),
+        ("{waves: [[eu], [eu]]}", "the region 'eu' is in two waves"),
+        ("{waves: [[EU]]}", r"target.waves\[0\]\[0\]: "),
+        ("{waves: [[eu], []]}", "a wave without a region"),
+        ("{waves: [[eu]], again: [load]}", "no gate of this policy is of a kind"),
+    ],
+)
+def test_regions_that_make_no_sense_are_refused(target: str, said: str) -> None:
+    """One line, with the place and the right word."""
+    text = (
+        "version: 1\nmodel: m\ntarget: "
+        + target
+        + "\ngates: [{kind: canary, weights: [5], checks: {error_rate: {max: 0.1}}}]\n"
+    )
+    with pytest.raises(PolicyError, match=said) as caught:
+        read(text, "p.yaml")
+    assert "\n" not in str(caught.value)
 
 
 TRAFFIC = {

@@ -1,0 +1,1 @@
+"""Titleshot's images: the Dockerfile, and the same without a container engine (`build.py`)."""

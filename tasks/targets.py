@@ -1,0 +1,214 @@
+"""Every place where models are served, as one serving target: each model's verbs go to where that model is."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from deployments.kubernetes.cluster import Cluster
+from deployments.local.target import LocalTarget, Options
+from deployments.target import (
+    Answer,
+    Change,
+    Endpoint,
+    Entry,
+    Fence,
+    Holder,
+    Served,
+    ServingTarget,
+    TargetError,
+    Traffic,
+    Unit,
+    Version,
+)
+from tasks.clusters import cluster, clusters
+from tasks.settings import Mistake, Settings, within
+from validations.waves import Place
+
+if TYPE_CHECKING:  # the kubernetes client takes a second to import
+    from deployments.kubernetes.target import KubernetesTarget
+
+
+def local_target(settings: Settings) -> LocalTarget:
+    """The local serving target of this home. Raises `Mistake` for a home too long for sockets."""
+    try:
+        return LocalTarget(
+            settings.home, Options(ready_timeout=settings.deploy_timeout, lease_ttl=settings.lease_seconds)
+        )
+    except TargetError as error:
+        raise Mistake(str(error)) from error
+
+
+def settings_target(settings: Settings) -> "LocalTarget | Targets":
+    """Where the models of these settings are served: this machine, and the cluster that is meant, if any."""
+    meant = cluster(settings)
+    return local_target(settings) if meant is None else Targets(meant, local_target(settings))
+
+
+def everywhere(settings: Settings) -> Iterator[tuple[Settings, ServingTarget]]:
+    """Every place where models are served, each once, with the settings that speak of it: this machine and the cluster
+    that is meant first, then the other clusters, each region's within the region. A region that is meant is all there
+    is.
+    """
+    yield settings, settings_target(settings)
+    if settings.region is not None:
+        return
+    for one in clusters(settings):
+        if one == cluster(settings):
+            continue
+        with within(one.name if one.region else ""):
+            own = {"region": one.name if one.region else None, "cluster": None if one.region else one.name}
+            yield settings.model_copy(update=own), Targets(one, None)
+
+
+def choose(target: ServingTarget, model: str, kind: Place) -> None:
+    """Let `model` be served where its policy says. Raises `Mistake` where it is served elsewhere already, or where
+    nothing describes such a place.
+    """
+    if isinstance(target, Targets):
+        target.choose(model, kind)
+    elif kind != "local":
+        raise Mistake(
+            f"the policy of {model} says `target: {kind}`, and no cluster is described: write the file clusters.yaml "
+            "in the home, or name one in TITLESHOT_CLUSTERS (docs/kubernetes.md)",
+            code=2,
+        )
+
+
+class Targets:
+    """A `ServingTarget` of the local one, if any, and of one cluster. A model is where something of it is; one that is
+    nowhere yet is local, unless it was chosen to be elsewhere.
+    """
+
+    def __init__(self, cluster: Cluster, local: LocalTarget | None) -> None:
+        self.local, self._cluster = local, cluster
+        self._known: dict[str, ServingTarget] = {}
+        self._remote: dict[str, KubernetesTarget] = {}
+
+    def remote(self, kind: Place) -> "KubernetesTarget":
+        """The cluster's target of this kind."""
+        if kind not in self._remote:
+            from deployments.kserve.target import KServeTarget
+            from deployments.kubernetes.target import KubernetesTarget
+
+            made = KServeTarget if kind == "kserve" else KubernetesTarget
+            self._remote[kind] = made(self._cluster)
+        return self._remote[kind]
+
+    def choose(self, model: str, kind: Place) -> None:
+        """Let `model` be served there. Raises `Mistake` where it is served elsewhere already."""
+        now = self._where(model)
+        if now not in (None, kind):
+            raise Mistake(
+                f"the policy of {model} says `target: {kind}`, but its target is {now}: go on with that, "
+                "or take the model down there first",
+                code=2,
+            )
+        self._known[model] = self._at(kind)
+
+    def of(self, model: str) -> ServingTarget:
+        """Where `model` is served."""
+        if model not in self._known:
+            kind = self._where(model)
+            if kind is None:
+                return self._at("local")
+            self._known[model] = self._at(kind)
+        return self._known[model]
+
+    def _at(self, kind: Place) -> ServingTarget:
+        return self.local if kind == "local" and self.local is not None else self.remote(kind)
+
+    def _where(self, model: str) -> Place | None:
+        if self.local is not None and model in self.local.models():
+            return "local"
+        return self.remote("kubernetes").kind_of(model)
+
+    # --- the verbs
+
+    def up(self) -> bool:
+        """Whether one of the places can be asked."""
+        return (self.local is not None and self.local.up()) or self.remote("kubernetes").up()
+
+    def models(self) -> tuple[str, ...]:
+        """The models that are served anywhere."""
+        here = self.local.models() if self.local is not None else ()
+        return tuple(dict.fromkeys([*here, *self.remote("kubernetes").models()]))
+
+    def lease(self, model: str, holder: str, *, take: bool = False) -> Fence:
+        """See `ServingTarget`."""
+        return self.of(model).lease(model, holder, take=take)
+
+    def renew(self, fence: Fence) -> float:
+        """See `ServingTarget`."""
+        return self.of(fence.model).renew(fence)
+
+    def holder(self, model: str) -> Holder | None:
+        """See `ServingTarget`."""
+        return self.of(model).holder(model)
+
+    def release(self, fence: Fence) -> None:
+        """See `ServingTarget`."""
+        self.of(fence.model).release(fence)
+
+    def guard(self, fence: Fence) -> AbstractContextManager[None]:
+        """See `ServingTarget`."""
+        return self.of(fence.model).guard(fence)
+
+    def write(self, entry: Entry, fence: Fence) -> None:
+        """See `ServingTarget`."""
+        self.of(fence.model).write(entry, fence)
+
+    def journal(self, model: str) -> tuple[Entry, ...]:
+        """See `ServingTarget`."""
+        return self.of(model).journal(model)
+
+    def keep(self, model: str, warm: int, fence: Fence) -> None:
+        """See `ServingTarget`."""
+        self.of(model).keep(model, warm, fence)
+
+    def kept(self, model: str) -> int:
+        """See `ServingTarget`."""
+        return self.of(model).kept(model)
+
+    def deploy(self, version: Version, fence: Fence) -> Endpoint:
+        """See `ServingTarget`."""
+        return self.of(version.model).deploy(version, fence)
+
+    def route(self, traffic: Traffic, fence: Fence) -> None:
+        """See `ServingTarget`."""
+        self.of(traffic.model).route(traffic, fence)
+
+    def traffic(self, model: str) -> Traffic | None:
+        """See `ServingTarget`."""
+        return self.of(model).traffic(model)
+
+    def observe(self, model: str) -> Mapping[str, Served]:
+        """See `ServingTarget`."""
+        return self.of(model).observe(model)
+
+    def answers(self, model: str, version: str, after: int = -1) -> Iterable[Answer]:
+        """See `ServingTarget`."""
+        return self.of(model).answers(model, version, after)
+
+    def retire(self, model: str, version: str, fence: Fence) -> None:
+        """See `ServingTarget`."""
+        self.of(model).retire(model, version, fence)
+
+    def gateway(self, model: str) -> str:
+        """See `ServingTarget`."""
+        return self.of(model).gateway(model)
+
+    def deployed(self, model: str) -> Mapping[str, Endpoint]:
+        """See `ServingTarget`."""
+        return self.of(model).deployed(model)
+
+    def units(self, model: str) -> Mapping[str, Sequence[Unit]]:
+        """See `ServingTarget`."""
+        return self.of(model).units(model)
+
+    def cannot(self, traffic: Traffic) -> tuple[str, ...]:
+        """See `ServingTarget`."""
+        return self.of(traffic.model).cannot(traffic)
+
+    def changes(self, version: Version, traffics: Sequence[Traffic]) -> tuple[tuple[Change, ...], ...]:
+        """See `ServingTarget`."""
+        return self.of(version.model).changes(version, traffics)
