@@ -80,13 +80,13 @@ def print_preview(found: Any) -> None:
     old = f"v{found.champion}" if found.champion else "a champion that is not there yet"
     out.print(f"[bold]{escape(found.model)} v{found.challenger}[/] in the place of {old}; nothing is touched by this")
     for step, changes in found.steps:
-        out.print(f"\n[bold]{escape(step)}[/]" + ("" if changes else "  [dim]nothing changes[/]"))
+        out.print(f"\n[bold]{escape(step)}[/]" + ("" if changes else "  [dim]nothing changes[/]"), highlight=False)
         for change in changes:
             sign = "[green]+[/]" if not change.before else "[red]-[/]" if not change.after else "[yellow]~[/]"
-            out.print(f"{sign} {escape(change.what)}")
+            out.print(f"{sign} {escape(change.what)}", highlight=False)
             for line in difference(change):
                 style = {"+": "green", "-": "red", "@": "cyan dim"}.get(line[:1], "dim")
-                out.print(f"    [{style}]{escape(line)}[/]", soft_wrap=True)
+                out.print(f"    [{style}]{escape(line)}[/]", soft_wrap=True, highlight=False)
     for why in found.against:
         out.print(f"\n[red]it would not begin[/]: {escape(why)}")
 

@@ -141,6 +141,7 @@ def as_json(found: Preview) -> Mapping[str, Any]:
 
 
 def difference(change: Change) -> list[str]:
-    """One change as lines of a unified diff, without its head."""
+    """One change as lines of a unified diff, without its head; of what is new or gone, all lines."""
     before, after = change.before.splitlines(), change.after.splitlines()
-    return list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
+    lines = list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
+    return lines if before and after else lines[1:]

@@ -36,6 +36,7 @@ KINDS = {
     "Lease": ("coordination.k8s.io/v1", "leases", True),
     "EndpointSlice": ("discovery.k8s.io/v1", "endpointslices", True),
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets", True),
+    "Role": ("rbac.authorization.k8s.io/v1", "roles", True),
     "CustomResourceDefinition": ("apiextensions.k8s.io/v1", "customresourcedefinitions", False),
     "GatewayClass": ("gateway.networking.k8s.io/v1", "gatewayclasses", False),
     "Gateway": ("gateway.networking.k8s.io/v1", "gateways", True),

@@ -22,6 +22,7 @@ from deployments.local.target import LocalTarget, Options
 from deployments.target import Fence, LeaseHeld, ServingTarget, TargetError, Traffic, Version
 from tests.cluster.node import LocalCluster
 from tests.cluster.real import RealCluster, reason_to_skip
+from tests.cluster.rights import restricted
 from tests.cluster.world import KubernetesWorld, own_settings
 from tests.contract.clients import BROKEN, FLAWED, GOOD, KINDS, MODEL, Clients, Reply, body, make_models
 from tests.fakes import Behaviour, FakeTarget
@@ -209,7 +210,8 @@ def kubernetes_world(models: Path) -> Iterator[KubernetesWorld]:
             yield world
         return
     with LocalCluster() as own:
-        world = KubernetesWorld(models, own_settings(own, models), own)
+        # With the rights that a promotion is given, and no others.
+        world = KubernetesWorld(models, restricted(own.server, own_settings(own, models), own.directory), own)
         _deploy_all(world)
         yield world
 
@@ -234,6 +236,9 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     name = request.node.originalname
     if request.param == "kubernetes" and name in NOT_ON_KUBERNETES:
         pytest.skip(NOT_ON_KUBERNETES[name])
+    weight = request.node.callspec.params.get("weight", 5000)
+    if request.param == "kubernetes" and weight != 5000 and "long" not in request.config.getoption("-m"):
+        pytest.skip("one weight is enough here: the others in `make chaos`")
     real = os.environ.get("TITLESHOT_TEST_CLUSTER")
     if request.param == "kubernetes" and real and name in BY_FALLBACK and not os.environ.get("TITLESHOT_TEST_DNS"):
         pytest.skip("TITLESHOT_TEST_DNS is not set: pods may not resolve Services here")

@@ -251,7 +251,7 @@ def test_history_explain_show_and_suite(
     told = capfd.readouterr().out
     assert f"+ program model-{maker.model}-{number}" in told
     assert f"+ gateway routes {maker.model}" in told
-    assert "+ alias champion\n    @@ -0,0 +1 @@\n    +v1" in told
+    assert "+ alias champion\n    +v1" in told
     assert everything(stack, maker.model) == before
     assert cli.run(["promote", maker.model, "--policy", str(policy(GOOD)), "--version", number, "--json"]) == 0
     result = json.loads(capfd.readouterr().out)

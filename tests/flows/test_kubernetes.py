@@ -2,6 +2,7 @@
 word. On the tests' own cluster pods are processes and fetch their artifacts from MLflow; in `make test-cluster` it is a
 real one, whose pods have them mounted."""
 
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from deployments.kubernetes.cluster import Cluster
-from flows import cli
+from flows import cli, screens
 from tasks import history, registry
 from tests.cluster import real
 from tests.cluster.node import LocalCluster
@@ -119,6 +121,11 @@ def test_a_promotion_and_a_rollback_on_a_cluster(
         steps = {one["step"]: one["changes"] for one in json.loads(capfd.readouterr().out)["steps"]}
         assert {"Deployment clustered-v2", "Service clustered-v2"} <= {one["what"] for one in steps["deploy"]}
         assert "weight: 5000" in steps["canary 50%"][0]["after"]
+        if folder := os.environ.get("TITLESHOT_SCREENSHOTS"):
+            console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
+            monkeypatch.setattr(screens, "out", console)
+            cli.run(["promote", model, "--policy", policy, "--version", "2", "--dry-run"])
+            console.save_svg(f"{folder}/dry-run.svg", title="titleshot promote clustered --dry-run")
         with under_load(url, tmp_path) as traffic:
             result = promote(model=model, policy=policy, version="2")
             assert result["phase"] == "promoted", result
