@@ -1,5 +1,7 @@
 """The few verbs of a serving target, and the values they speak in. Pure: no I/O here."""
 
+import base64
+import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -255,6 +257,15 @@ class Answer:
     at: float
     seconds: float
     own_path: bool = False
+
+
+def answer_of(line: str | bytes) -> Answer:
+    """An answer as a model server writes it on its page /titleshot/answers: one JSON line, bodies as text or base64."""
+    fields = json.loads(line)
+    for name in ("request", "response"):
+        body = fields[name]
+        fields[name] = body.encode() if isinstance(body, str) else base64.b64decode(body["base64"])
+    return Answer(**fields)
 
 
 @dataclass(frozen=True, slots=True)

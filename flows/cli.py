@@ -89,7 +89,8 @@ def status(*, json_: Json = False) -> int:
         screens.as_json(found)
     else:
         screens.print_status(found)
-    return FINE if found["up"] and all(model["agrees"] for model in found["models"]) else ERROR
+    agree = all(model["agrees"] for model in found["models"])
+    return FINE if found["up"] and agree and not found["problems"] else ERROR
 
 
 @app.command

@@ -61,7 +61,8 @@ def print_status(found: dict[str, Any]) -> None:
             if model["challenger"]
             else ""
         )
-        out.print(f"\n[bold]{model['model']}[/]: v{model['serving']} serves{challenger}")
+        where = f" in {model['region']}" if model["region"] else ""
+        out.print(f"\n[bold]{model['model']}[/]{where}: v{model['serving']} serves{challenger}")
         out.print(f"  POST {model['gateway']}/invocations")
         if model["fallback"]:
             out.print(f"  [dim]where it fails, v{model['fallback']} answers[/]")
@@ -71,6 +72,8 @@ def print_status(found: dict[str, Any]) -> None:
                 out.print(f"  [yellow]waits[/] {escape(model['waits'])}")
         for problem in model["problems"]:
             out.print(f"  [red]{escape(problem)}[/]")
+    for problem in found["problems"]:
+        out.print(f"\n[red]{escape(problem)}[/]")
 
 
 def print_preview(found: Any) -> None:

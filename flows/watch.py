@@ -11,7 +11,7 @@ from tasks.lookout import Lookout
 from tasks.progress import listening, say
 from tasks.settings import Mistake, Settings
 from tasks.settings import load as load_settings
-from tasks.targets import everywhere
+from tasks.targets import everywhere, settings_target
 
 
 @flow(name="watch", persist_result=False, retries=0)
@@ -31,7 +31,11 @@ def run() -> dict[str, Any]:
     settings.connect(needed=())
     recovered, problems = list[dict[str, Any] | None](), list[str]()
     for index, (own, target) in enumerate(everywhere(settings)):
-        _look(own, Lookout(own, target, starts=index == 0), recovered, problems)
+        lookout = Lookout(own, target, settings_target(settings) if index == 0 else None)
+        try:
+            _look(own, lookout, recovered, problems)
+        except TargetError as error:  # other places are looked after all the same
+            problems.append(str(error))
     for line in problems:
         say(line)
     return {"recovered": [one for one in recovered if one], "problems": problems}

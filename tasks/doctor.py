@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from deployments.target import TargetError, Traffic
+from tasks.clusters import clusters
 from tasks.settings import Mistake, Settings, writable
 from tasks.stack import free_gigabytes, free_port
-from tasks.targets import settings_target
+from tasks.status import PATIENCE
+from tasks.targets import Targets, settings_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ def examine(settings: Settings) -> list[Finding]:
         _disk(settings),
         _notices(settings),
         _servers(settings),
+        *_clusters(settings),
     ]
 
 
@@ -127,6 +131,25 @@ def _servers(settings: Settings) -> Finding:
             return Finding("ports", fine=False, found=f"in use by other programs: {listed}", mend=mend)
         return Finding("stack", fine=True, found="not up, its ports are free")
     return _troubles(settings, found)
+
+
+def _clusters(settings: Settings) -> list[Finding]:
+    """What each cluster lacks before a promotion could begin there."""
+    try:
+        described = clusters(settings)
+    except Mistake as mistake:
+        return [Finding("clusters", fine=False, found="cannot be read", mend=str(mistake))]
+    found = []
+    for one in described:
+        what = f"cluster {one.name}"
+        try:
+            target = Targets(one.model_copy(update={"patience": PATIENCE}), None).remote("kubernetes")
+            lacks = target.cannot(Traffic("doctor", "1"))
+        except TargetError as error:
+            found.append(Finding(what, fine=False, found="cannot be asked", mend=str(error)))
+        else:
+            found.append(Finding(what, not lacks, "; ".join(lacks) or "answers, and its Gateway is there", "mend that"))
+    return found
 
 
 def _troubles(settings: Settings, found: dict[str, Any]) -> Finding:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from deployments.local.target import LocalTarget
 from deployments.target import LeaseHeld, ServingTarget, TargetError
 from tasks import moved, notify, triggers
 from tasks.agreement import leased
@@ -19,7 +20,7 @@ from tasks.journal import agreed, opened
 from tasks.registry import half_downloads
 from tasks.settings import Mistake, Settings
 from tasks.status import models_of
-from tasks.targets import everywhere, local_target
+from tasks.targets import everywhere, local_target, settings_target
 from tasks.waiting import Waiting
 
 
@@ -36,11 +37,11 @@ class Found:
 
 
 class Lookout:
-    """Looks at every model of a target, by its journal and its traffic. One that `starts` asks for promotions that are
-    due as well.
+    """Looks at every model of a target, by its journal and its traffic. Promotions that are due are asked for as well
+    where it is told on which target: `starts`.
     """
 
-    def __init__(self, settings: Settings, target: ServingTarget, *, starts: bool = True) -> None:
+    def __init__(self, settings: Settings, target: ServingTarget, starts: ServingTarget | None = None) -> None:
         self.settings, self.target, self._starts = settings, target, starts
         self._known = set[tuple[str, ...]]()
         self._waiting = Waiting(settings, target)
@@ -57,8 +58,8 @@ class Lookout:
                 found.to_follow.append(one["model"])
             elif one["model"] not in found.left_behind:
                 found.problems += [f"{one['model']}: {problem}" for problem in one["problems"]]
-        if self._starts:
-            self._start(found)
+        if self._starts is not None:
+            self._start(found, self._starts)
         return found
 
     def _tend(self, model: str, found: Found) -> None:
@@ -72,8 +73,8 @@ class Lookout:
             except (Unanswered, Mistake) as error:
                 found.problems.append(f"{left.id}: {error}")
 
-    def _start(self, found: Found) -> None:
-        asked = triggers.start(self.settings, self.target, self._known)
+    def _start(self, found: Found, target: ServingTarget) -> None:
+        asked = triggers.start(self.settings, target, self._known)
         found.news += asked.news
         found.problems += asked.problems
 
@@ -117,12 +118,13 @@ def for_ever(settings: Settings, every: float, say: Callable[[str], None]) -> No
     """Look at every place `every` so many seconds; recover what was left behind in a process of its own, and say what
     is found once.
     """
-    lookouts, told = dict[tuple[str | None, str | None], Lookout](), set[str]()
+    lookouts, told = dict[str | None, Lookout](), set[str]()
     while True:
         found = Found()
         for own, target in everywhere(settings):
-            place = own.region, own.cluster
-            lookout = lookouts.setdefault(place, Lookout(own, target, starts=not lookouts))
+            place = None if isinstance(target, LocalTarget) else own.region or own.cluster
+            starts = None if lookouts else settings_target(settings)
+            lookout = lookouts.setdefault(place, Lookout(own, target, starts))
             try:
                 here = lookout.look()
             except (TargetError, Mistake) as error:

@@ -15,17 +15,28 @@ from tasks.targets import everywhere, local_target
 __all__ = ["said", "sides", "status"]
 
 
+PATIENCE = 3.0
+"""Seconds that a cluster is asked for, by who wants to see what there is."""
+
+
 def status(settings: Settings) -> dict[str, Any]:
-    """The stack as it is: {"home", "up", "programs": [...], "models": [...]}."""
+    """The stack as it is: {"home", "up", "programs": [...], "models": [...], "problems": [...]}; the last are places
+    that do not answer, in words.
+    """
     if not any(target.up() for _, target in everywhere(settings)):
-        return {"home": str(settings.home), "up": False, "programs": [], "models": []}
+        return {"home": str(settings.home), "up": False, "programs": [], "models": [], "problems": []}
     addresses, local = _addresses(settings), local_target(settings)
     programs = [
         {"name": name, "state": program.state, "pid": program.pid, "address": addresses.get(name, "")}
         for name, program in (local.supervisor.status() if local.up() else {}).items()
     ]
-    models = [one for own, place in everywhere(settings) for one in models_of(own, place)]
-    return {"home": str(settings.home), "up": True, "programs": programs, "models": models}
+    models, problems = list[dict[str, Any]](), list[str]()
+    for own, place in everywhere(settings, patience=PATIENCE):
+        try:
+            models += models_of(own, place)
+        except TargetError as error:
+            problems.append(str(error))
+    return {"home": str(settings.home), "up": True, "programs": programs, "models": models, "problems": problems}
 
 
 def models_of(settings: Settings, target: ServingTarget) -> list[dict[str, Any]]:

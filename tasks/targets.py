@@ -44,20 +44,21 @@ def settings_target(settings: Settings) -> "LocalTarget | Targets":
     return local_target(settings) if meant is None else Targets(meant, local_target(settings))
 
 
-def everywhere(settings: Settings) -> Iterator[tuple[Settings, ServingTarget]]:
-    """Every place where models are served, each once, with the settings that speak of it: this machine and the cluster
-    that is meant first, then the other clusters, each region's within the region. A region that is meant is all there
-    is.
+def everywhere(settings: Settings, patience: float | None = None) -> Iterator[tuple[Settings, ServingTarget]]:
+    """Every place where models are served, each once, with the settings that speak of it: this machine, then each
+    cluster of the file, a region's within the region. A region that is meant is all there is. `patience` is how many
+    seconds a cluster is asked for, where not as long as its settings say.
     """
-    yield settings, settings_target(settings)
-    if settings.region is not None:
-        return
+    if settings.region is None:
+        yield settings, local_target(settings)
+    meant = cluster(settings)
     for one in clusters(settings):
-        if one == cluster(settings):
+        if settings.region is not None and one != meant:
             continue
         with within(one.name if one.region else ""):
             own = {"region": one.name if one.region else None, "cluster": None if one.region else one.name}
-            yield settings.model_copy(update=own), Targets(one, None)
+            asked = one if patience is None else one.model_copy(update={"patience": min(patience, one.patience)})
+            yield settings.model_copy(update=own), Targets(asked, None)
 
 
 def choose(target: ServingTarget, model: str, kind: Place) -> None:

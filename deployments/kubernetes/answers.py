@@ -1,7 +1,5 @@
 """The answers of a version's pods as one sequence: merged oldest first, numbered here, while pods come and go."""
 
-import base64
-import json
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -11,7 +9,7 @@ from dataclasses import replace
 from deployments.kubernetes import names, pods
 from deployments.kubernetes.client import Client
 from deployments.kubernetes.cluster import Json
-from deployments.target import Answer, TargetUnavailable
+from deployments.target import Answer, TargetUnavailable, answer_of
 
 _PAGE = 500
 KEEP = 10_000
@@ -62,7 +60,7 @@ class Answers:
         try:
             while True:
                 path = f"/titleshot/answers?after={after}&limit={_PAGE}"
-                page = [_answer(line) for line in self._client.pod_get(pod, names.ADMIN, path, 30.0).splitlines()]
+                page = [answer_of(line) for line in self._client.pod_get(pod, names.ADMIN, path, 30.0).splitlines()]
                 found += page
                 if page:
                     self._seen[process] = after = page[-1].number
@@ -75,11 +73,3 @@ class Answers:
 def _process(pod: Json) -> str:
     started = [one.get("containerID") for one in pod.get("status", {}).get("containerStatuses") or ()]
     return f"{pod['metadata']['uid']} {started}"
-
-
-def _answer(line: bytes) -> Answer:
-    fields = json.loads(line)
-    for name in ("request", "response"):
-        body = fields[name]
-        fields[name] = body.encode() if isinstance(body, str) else base64.b64decode(body["base64"])
-    return Answer(**fields)

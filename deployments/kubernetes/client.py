@@ -506,7 +506,10 @@ class Client:
             else:
                 config.load_incluster_config(client_configuration=made)  # type: ignore[no-untyped-call]
         except (config.ConfigException, OSError) as error:
-            raise TargetError(f"cluster {cluster.name}: {error}") from error
+            said = str(error).rstrip(".")
+            raise TargetError(
+                f"cluster {cluster.name}: {file or known}: {said}: mend `kubeconfig` or `context` in its settings"
+            ) from error
         made.connection_pool_maxsize = 16
         return client.ApiClient(made)
 

@@ -1,11 +1,9 @@
 """The local serving target: one server process per version, Envoy in front, all of it on this machine."""
 
-import base64
 import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -43,6 +41,7 @@ from deployments.target import (
     Traffic,
     Unit,
     Version,
+    answer_of,
 )
 
 _HERE = Path(__file__).resolve().parent
@@ -348,7 +347,7 @@ class LocalTarget:
                     page = client.get("/titleshot/answers", params=query).raise_for_status().text
                 except httpx.HTTPError as error:
                     raise TargetUnavailable(f"the server of {model} {version}: {error}") from error
-                answers = [_answer(line) for line in page.splitlines()]
+                answers = [answer_of(line) for line in page.splitlines()]
                 yield from answers
                 if len(answers) < _PAGE:
                     return
@@ -742,14 +741,6 @@ def _backend(one: Deployed) -> envoy.Backend:
 
 def _direct(one: Deployed) -> str:
     return f"http://127.0.0.1:{one.port}"
-
-
-def _answer(line: str) -> Answer:
-    fields = json.loads(line)
-    for name in ("request", "response"):
-        body = fields[name]
-        fields[name] = body.encode() if isinstance(body, str) else base64.b64decode(body["base64"])
-    return Answer(**fields)
 
 
 def _free(port: int) -> bool:
