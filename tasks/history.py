@@ -284,12 +284,12 @@ def tagged(tag: str) -> list[str]:
     return [run.data.tags[TAG + tag] for run in runs if TAG + tag in run.data.tags]
 
 
-def of_flow_run(model: str, flow_run: str) -> Entry | None:
-    """The promotion of `model` that this Prefect flow run began (in this region, within one); None where it began
-    none.
+def of_flow_run(model: str, flow_run: str, *, anywhere: bool = False) -> Entry | None:
+    """The promotion of `model` that this Prefect flow run began (in this region, within one; with `anywhere` the latest
+    of all regions); None where it began none.
     """
     found = _search(f"name = '{EXPERIMENT}{model}'", f"tags.`{TAG}flow_run` = '{flow_run}'")
-    return next((one for one in found if one.region == region()), None)
+    return next((one for one in found if anywhere or one.region == region()), None)
 
 
 def page(entry: Entry, uri: str) -> str:

@@ -70,11 +70,11 @@ class _Listener:
         elif self.told != found.id:
             self.told = found.id
             self.say(f"{found.state}: {flowruns.page(self.settings, found.id)}")
-        return history.of_flow_run(str(found.parameters["model"]), found.id)
+        return history.of_flow_run(str(found.parameters["model"]), found.id, anywhere=True)
 
 
 def _over(run: FlowRun, entry: history.Entry | None) -> bool:
-    if entry is None:
+    if entry is None or entry.region:  # another region may be to come
         return run.over
     # A run that was ended leaves a promotion that `watch` brings to its end.
     return entry.phase in {phase.value for phase in Phase if phase.final}
