@@ -153,6 +153,7 @@ class RealCluster:
             "image": os.environ.get("TITLESHOT_TEST_IMAGE", "titleshot:latest"),
             "pull_policy": os.environ.get("TITLESHOT_TEST_PULL_POLICY", "Never"),
             "python": os.environ.get("TITLESHOT_TEST_PYTHON", "python"),
+            "reach": os.environ.get("TITLESHOT_TEST_REACH", "proxy"),
             "programs": programs,
             "replicas": 1,
             "autoscale": {"cpu": None},

@@ -7,6 +7,8 @@ a pod needs nothing but its image. What that image is, and how it is started, is
     TITLESHOT_TEST_PULL_POLICY   Never (the default: loaded by hand), IfNotPresent or Always
     TITLESHOT_TEST_PYTHON        its interpreter; python otherwise
     TITLESHOT_TEST_PLAIN         1: the image has a python3 and nothing of ours: tests/cluster/plain.py answers in the server's place
+    TITLESHOT_TEST_REACH         proxy (the default) or direct: how this process asks pods
+    TITLESHOT_TEST_DNS           1: pods resolve Services, so that fallbacks are tested
     TITLESHOT_TEST_GATEWAY       NAMESPACE/NAME=URL of a Gateway that is there; the tests run an Envoy of their own otherwise
 """
 
