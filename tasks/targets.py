@@ -116,7 +116,9 @@ class Targets:
         return self._known[model]
 
     def _at(self, kind: Place) -> ServingTarget:
-        return self.local if kind == "local" and self.local is not None else self.remote(kind)
+        if kind == "local" and self.local is not None:
+            return self.local
+        return self.remote("kserve" if kind == "kserve" else "kubernetes")
 
     def _where(self, model: str) -> Place | None:
         if self.local is not None and model in self.local.models():
