@@ -133,6 +133,7 @@ def hand_in(settings: Any, stack: Any, model: str, promotion: str, **form: str) 
         return {"phase": waiting.promotion.phase.value, "why": again.ballots[-1].reason, "text": waiting.text}
 
 
+@pytest.mark.long
 def test_nothing_is_gained_by_what_proves_nobody(
     stack: Any, settings: Any, maker: Maker, policy: Callable[..., Path], alone: None, people: People
 ) -> None:

@@ -11,6 +11,7 @@ from tasks.score import ScoreError, score, score_in_own_environment
 from tests.flows.conftest import Maker, label, rows
 
 
+@pytest.mark.long
 def test_both_ways_of_scoring_agree(settings: Any, maker: Maker, tmp_path: Path) -> None:
     """A forked child and `mlflow models predict` give the same numbers for held-out rows and for the example."""
     path = registry.download(registry.find(maker.model, maker.version()), tmp_path / "model")

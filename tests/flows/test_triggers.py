@@ -109,7 +109,7 @@ def test_tag_and_version(stack: Any, ours: Any, model: Any) -> None:
         (newer, "3"),
         (newer, "4"),
     ]
-    found = Lookout(ours, stack).look()
+    found = Lookout(ours, stack, stack).look()
     assert len(found.news) == 2
     assert not [problem for problem in found.problems if tagged in problem or newer in problem]
     for name in (tagged, newer):
