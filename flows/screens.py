@@ -54,26 +54,31 @@ def print_status(found: dict[str, Any]) -> None:
             str(program["pid"]),
             program["address"],
         )
-    out.print(table)
+    if found["programs"]:
+        out.print(table)
     for model in found["models"]:
-        challenger = (
-            f", v{model['challenger']} answers {model['weight']:g}% and mirrors {model['mirror']:g}%"
-            if model["challenger"]
-            else ""
-        )
-        where = f" in {model['region']}" if model["region"] else ""
-        out.print(f"\n[bold]{model['model']}[/]{where}: v{model['serving']} serves{challenger}")
-        out.print(f"  POST {model['gateway']}/invocations")
-        if model["fallback"]:
-            out.print(f"  [dim]where it fails, v{model['fallback']} answers[/]")
-        if model["under_way"]:
-            out.print(f"  [yellow]under way: {escape(model['under_way'])}[/]")
-            if model["waits"]:
-                out.print(f"  [yellow]waits[/] {escape(model['waits'])}")
-        for problem in model["problems"]:
-            out.print(f"  [red]{escape(problem)}[/]")
+        _print_model(model)
     for problem in found["problems"]:
         out.print(f"\n[red]{escape(problem)}[/]")
+
+
+def _print_model(model: dict[str, Any]) -> None:
+    challenger = (
+        f", v{model['challenger']} answers {model['weight']:g}% and mirrors {model['mirror']:g}%"
+        if model["challenger"]
+        else ""
+    )
+    where = f" in {model['region']}" if model["region"] else ""
+    out.print(f"\n[bold]{model['model']}[/]{where}: v{model['serving']} serves{challenger}")
+    out.print(f"  POST {model['gateway']}/invocations")
+    if model["fallback"]:
+        out.print(f"  [dim]where it fails, v{model['fallback']} answers[/]")
+    if model["under_way"]:
+        out.print(f"  [yellow]under way: {escape(model['under_way'])}[/]")
+        if model["waits"]:
+            out.print(f"  [yellow]waits[/] {escape(model['waits'])}")
+    for problem in model["problems"]:
+        out.print(f"  [red]{escape(problem)}[/]")
 
 
 def print_preview(found: Any) -> None:

@@ -85,9 +85,16 @@ def preview(
             context.shape = traffic.shape
         moves = list(routes(context))
         found = target.changes(context.challenger.version(settings.env_manager), [to for _, to in moves])
+        # Where it would be, and not where it is for this moment.
+        kept = str(registry.local_path(version, settings.home))
+        found = tuple(tuple(_placed(one, str(path.resolve()), kept) for one in changes) for changes in found)
         against = [*_against(context, traffic, recorded), *unable(context)]
     steps = [("deploy", found[0]), *((name, changes) for (name, _), changes in zip(moves, found[1:], strict=True))]
     return Preview(model, champion, version.number, [*steps, ("registry", _aliases(context))], against)
+
+
+def _placed(change: Change, here: str, there: str) -> Change:
+    return Change(change.what, change.before, change.after.replace(here, there))
 
 
 def _against(context: Context, traffic: Traffic | None, recorded: str) -> Iterator[str]:
