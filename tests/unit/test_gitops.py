@@ -16,7 +16,7 @@ from deployments.kubernetes.cluster import Cluster, Gateway, GitOps
 from deployments.kubernetes.gitops import Branch, Committed, difference
 from deployments.target import StaleFence, TargetError, TargetUnavailable, Traffic
 from tests.cluster.apiserver import ApiServer
-from tests.cluster.rest import Api
+from tests.cluster.rest import Api, ApiError
 from tests.unit.test_kserve import MODEL, KServe, at, downloaded
 
 
@@ -253,7 +253,10 @@ class Argo:
                 if head != seen[0]:
                     if stop.wait(after):
                         return
-                    self.sync()
+                    try:
+                        self.sync()
+                    except (subprocess.CalledProcessError, ApiError):
+                        continue  # the branch went on while it was read
                     seen[0] = head
 
         thread = threading.Thread(target=run)
