@@ -139,7 +139,7 @@ def _everywhere(settings: Settings, asks: Asks) -> dict[str, Any]:
         return _nothing(asks, "there is no challenger")
     number = _challenger(asks.model, asks.version, None).number
 
-    def one(_region: str, further: bool) -> dict[str, Any]:  # noqa: FBT001 - the one thing that it is told
+    def one(further: bool) -> dict[str, Any]:  # noqa: FBT001 - the one thing that it is told
         own = load_settings()
         left = opened(settings_target(own), asks.model)
         mine = asks.promotion if left is not None and left.id == asks.promotion else None

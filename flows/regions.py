@@ -17,8 +17,10 @@ from tasks.settings import load as load_settings
 from tasks.targets import settings_target
 from validations.waves import Waves
 
-Promote = Callable[[str, bool], dict[str, Any]]
-"""Promotes in one region; told whether that is a further one than the first. Returns as a promotion does."""
+Promote = Callable[[bool], dict[str, Any]]
+"""Promotes in the region that is meant; told whether it is a further one than the first. Returns what a promotion
+does.
+"""
 
 
 def promote(waves: Waves, model: str, number: str, one: Promote) -> dict[str, Any]:
@@ -39,7 +41,7 @@ def promote(waves: Waves, model: str, number: str, one: Promote) -> dict[str, An
                 came.append({"region": name, "phase": "promoted", "promotion": ""})
                 continue
             say(f"region {name}")
-            result = one(name, name != regions[0])
+            result = one(name != regions[0])
         came.append({"region": name, "phase": result["phase"], "promotion": result["promotion"]})
         if result["phase"] != "promoted":
             promoted = tuple(each["region"] for each in came if each["phase"] == "promoted")

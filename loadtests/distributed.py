@@ -31,13 +31,13 @@ from loadtests.run import (
     LoadError,
     Profile,
     Result,
-    Saturated,
     Target,
     kill,
     locust,
     plan_of,
     require_allowed,
     require_sound,
+    require_unsaturated,
 )
 
 MAX_WORKERS = 50
@@ -310,16 +310,7 @@ def _require_whole(part: Part, profile: Profile, names: Sequence[str]) -> None:
         raise LoadError(f"{who} lost measurements of when its requests left")
     if result.seconds < profile.seconds - 0.01:
         raise LoadError(f"{who} ended after {result.seconds:.1f} of {profile.seconds:g} s")
-    if result.late > profile.max_lateness:
-        raise Saturated(
-            f"the generator was saturated: 1 % of the requests of {who} left {result.late * 1000:.0f} ms late or more "
-            f"(at most {profile.max_lateness * 1000:g} ms; {result.cpu:.0%} of a core): give it more `workers`"
-        )
-    if result.cpu > profile.max_cpu:
-        raise Saturated(
-            f"the generator was saturated: {who} used {result.cpu:.0%} of a core (at most {profile.max_cpu:.0%}): "
-            "give it more `workers`"
-        )
+    require_unsaturated(result, profile, f"the requests of {who}", who, "give it more `workers`")
 
 
 class Processes:

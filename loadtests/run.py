@@ -360,15 +360,20 @@ def require_sound(result: Result, profile: Profile) -> None:
             raise LoadError(f"Locust lost {target.sent - target.latencies.size:,} requests to {name}")
     if result.seconds < profile.seconds - 0.01:
         raise LoadError(f"Locust ended after {result.seconds:.1f} of {profile.seconds:g} s")
+    require_unsaturated(result, profile, "its requests", "it", "lower the rate")
+
+
+def require_unsaturated(result: Result, profile: Profile, requests: str, who: str, mend: str) -> None:
+    """Raise `Saturated`, in these words, unless the generator kept up with its plan."""
     if result.late > profile.max_lateness:
         raise Saturated(
-            f"the generator was saturated: 1 % of its requests left {result.late * 1000:.0f} ms late or more "
-            f"(at most {profile.max_lateness * 1000:g} ms; {result.cpu:.0%} of a core): lower the rate"
+            f"the generator was saturated: 1 % of {requests} left {result.late * 1000:.0f} ms late or more "
+            f"(at most {profile.max_lateness * 1000:g} ms; {result.cpu:.0%} of a core): {mend}"
         )
     if result.cpu > profile.max_cpu:
         raise Saturated(
-            f"the generator was saturated: it used {result.cpu:.0%} of a core "
-            f"(at most {profile.max_cpu:.0%}): lower the rate"
+            f"the generator was saturated: {who} used {result.cpu:.0%} of a core "
+            f"(at most {profile.max_cpu:.0%}): {mend}"
         )
 
 

@@ -8,8 +8,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deployments.kubernetes.cluster import Cluster
+from tasks.policies import text_of
 from tasks.settings import Mistake, Settings
-from validations.policy import line_of
+from validations.policy import place_of
 from validations.units import nearest
 
 
@@ -58,12 +59,7 @@ def cluster(settings: Settings) -> Cluster | None:
 
 def read_clusters(path: Path) -> tuple[Cluster, ...]:
     """The clusters of one file. Raises `Mistake`, with file, line and the nearest right word."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise Mistake(f"the clusters {path} cannot be read: {error.strerror}", code=2) from error
-    except UnicodeDecodeError as error:
-        raise Mistake(f"the clusters {path} are not text in UTF-8", code=2) from error
+    text = text_of(path, "file of clusters")
     try:
         tree, data = yaml.compose(text), yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -79,10 +75,7 @@ def read_clusters(path: Path) -> tuple[Cluster, ...]:
     except ValidationError as error:
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         where = [part for part in first["loc"] if part != "[key]"]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".")
-        raise Mistake(
-            f"{path.name}:{line_of(tree, where)}: {place + ': ' if place else ''}{_sentence(first)}", code=2
-        ) from error
+        raise Mistake(f"{path.name}:{place_of(tree, where)}{_sentence(first)}", code=2) from error
 
 
 def _sentence(error: Any) -> str:

@@ -123,10 +123,10 @@ def for_ever(settings: Settings, every: float, say: Callable[[str], None]) -> No
         found = Found()
         for own, target in everywhere(settings):
             place = None if isinstance(target, LocalTarget) else own.region or own.cluster
-            starts = None if lookouts else settings_target(settings)
-            lookout = lookouts.setdefault(place, Lookout(own, target, starts))
+            if place not in lookouts:
+                lookouts[place] = Lookout(own, target, None if lookouts else settings_target(settings))
             try:
-                here = lookout.look()
+                here = lookouts[place].look()
             except (TargetError, Mistake) as error:
                 here = Found(problems=[str(error)])
             for model in here.left_behind:

@@ -26,14 +26,19 @@ class Policies:
     problems: Sequence[str]
 
 
+def text_of(path: Path, what: str) -> str:
+    """The text of a file that people write. Raises `Mistake` where it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise Mistake(f"the {what} {path} cannot be read: {error.strerror}", code=2) from error
+    except UnicodeDecodeError as error:
+        raise Mistake(f"the {what} {path} is not text in UTF-8", code=2) from error
+
+
 def read_policy(path: Path, model: str | None = None) -> tuple[str, Policy]:
     """The text of a policy file, and the policy. Raises `Mistake` where it cannot be read or is not `model`'s."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise Mistake(f"the policy {path} cannot be read: {error.strerror}", code=2) from error
-    except UnicodeDecodeError as error:
-        raise Mistake(f"the policy {path} is not text in UTF-8", code=2) from error
+    text = text_of(path, "policy")
     try:
         policy = read(text, path.name)
     except PolicyError as error:

@@ -119,15 +119,14 @@ def _aliases(context: Context) -> list[Change]:
     """What moves in the registry after the cut-over."""
     model, new = context.model, context.challenger.number
     old = context.champion.number if context.champion else None
-    before = {registry.CHAMPION: old, registry.PREVIOUS: context.previous, registry.CHALLENGER: None}
-    before[registry.CHALLENGER] = registry.aliased(model, registry.CHALLENGER)
-    after = {**before, registry.CHAMPION: new, registry.PREVIOUS: old}
-    if before[registry.CHALLENGER] == new:
-        after[registry.CHALLENGER] = None
-    texts = [{alias: f"v{number}\n" if number else "" for alias, number in one.items()} for one in (before, after)]
-    return [
-        Change(f"alias {alias}", texts[0][alias], texts[1][alias]) for alias in before if before[alias] != after[alias]
-    ]
+    challenger = registry.aliased(model, registry.CHALLENGER)
+    moves = (
+        (registry.CHAMPION, old, new),
+        (registry.PREVIOUS, context.previous, old),
+        (registry.CHALLENGER, challenger, None if challenger == new else challenger),
+    )
+    texts = ((alias, *(f"v{one}\n" if one else "" for one in numbers)) for alias, *numbers in moves)
+    return [Change(f"alias {alias}", before, after) for alias, before, after in texts if before != after]
 
 
 def as_json(found: Preview) -> Mapping[str, Any]:

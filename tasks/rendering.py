@@ -10,7 +10,7 @@ from deployments.target import TargetError, Traffic, Version
 from tasks import registry
 from tasks.clusters import cluster
 from tasks.progress import say
-from tasks.settings import Mistake, Settings, writable
+from tasks.settings import Mistake, Settings
 from validations.waves import Place
 
 
@@ -64,8 +64,10 @@ def _traffic(meant: Cluster, model: str) -> Traffic | None:
 
 def write(files: dict[str, str], folder: Path) -> None:
     """Write the files below `folder`, made where it is not there. Raises `Mistake` where that cannot be."""
-    writable(folder)
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    try:
+        for name, text in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    except OSError as error:
+        raise Mistake(f"{folder} cannot be written ({error.strerror}): name another folder with --output") from error

@@ -201,11 +201,9 @@ def read(text: str, source: str = "policy") -> Policy:
         told = [e for e in error.errors() if e["type"] != "too_short"] or error.errors()
         first = min(told, key=lambda e: e["type"] != "extra_forbidden")
         path = _path(first["loc"])
-        line = line_of(tree, path)
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
         more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
         message = _sentence(first, data)
-        raise PolicyError(f"{source}:{line}: {where + ': ' if where else ''}{message}{more}") from error
+        raise PolicyError(f"{source}:{place_of(tree, path)}{message}{more}") from error
 
 
 def _path(loc: tuple[int | str, ...]) -> list[int | str]:
@@ -246,7 +244,13 @@ def _record(loc: tuple[int | str, ...]) -> Any:
     return Quiet if loc[0] == "quiet" else Waves if loc[0] == "target" else Policy
 
 
-def line_of(node: Any, path: list[int | str]) -> int:
+def place_of(tree: Any, path: list[int | str]) -> str:
+    """Where in a YAML file a mistake is, as a message begins: "12: gates[0].checks: "."""
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    return f"{_line(tree, path)}: {where + ': ' if where else ''}"
+
+
+def _line(node: Any, path: list[int | str]) -> int:
     """The line (from 1) of the place that `path` names, or of the nearest one above it."""
     line = node.start_mark.line + 1
     for part in path:

@@ -80,6 +80,7 @@ class KubernetesTarget:
         self._mute: dict[str, float] = {}
         self._counts: Metrics | None = None
         self._guard = threading.Lock()
+        self._known_features: tuple[Fence, frozenset[str] | None] | None = None
 
     # --- what is there
 
@@ -409,8 +410,7 @@ class KubernetesTarget:
                 return True
             wanted = route.route(self.cluster, model, versions, kept, fence=fence.number)
             if before is not None:
-                # Both: a version alone would let a route that was deleted meanwhile be created anew.
-                wanted["metadata"] |= {name: before["metadata"][name] for name in ("resourceVersion", "uid")}
+                wanted["metadata"] |= _still(before)
             with self._keeping(fence):
                 [applied] = self._hand.apply([wanted], why=f"{why}, by {fence.holder}")
             return True
@@ -480,7 +480,7 @@ class KubernetesTarget:
                 "metadata": {
                     "name": meta["name"],
                     "namespace": meta.get("namespace", self.cluster.namespace),
-                    "resourceVersion": now["metadata"]["resourceVersion"],
+                    **_still(now),
                     "labels": {key: value for key, value in (meta.get("labels") or {}).items() if key in ours},
                     "annotations": {
                         **{key: value for key, value in (meta.get("annotations") or {}).items() if key in ours},
@@ -726,7 +726,7 @@ class KubernetesTarget:
 
     def _supported(self, fence: Fence) -> frozenset[str] | None:
         """The features of our Gateway's class, asked for once per lease."""
-        known: tuple[Fence, frozenset[str] | None] | None = getattr(self, "_known_features", None)
+        known = self._known_features
         if known is not None and known[0] == fence:
             return known[1]
         wanted = self.cluster.gateway
@@ -904,6 +904,13 @@ def _going(one: Json) -> bool:
 def _over(pod: Json) -> bool:
     """Whether nothing of a pod runs any more."""
     return pod.get("status", {}).get("phase") in {"Succeeded", "Failed"}
+
+
+def _still(one: Json) -> Json:
+    """The precondition that an object is as it was read. Its version alone would let one that was deleted meanwhile be
+    created anew.
+    """
+    return {name: one["metadata"][name] for name in ("resourceVersion", "uid")}
 
 
 def _unversioned(one: Json) -> Json:

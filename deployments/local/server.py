@@ -23,6 +23,7 @@ and x-titleshot-own-path say nothing; a load test's header is believed on the ow
 is not for callers (/ready, /metrics, /titleshot/...) is answered there and nowhere else.
 """
 
+import abc
 import argparse
 import asyncio
 import base64
@@ -552,7 +553,7 @@ class Body(Protocol):
 Page = Callable[[dict[str, list[str]]], Reply]
 
 
-class Front:
+class Front(abc.ABC):
     """The ASGI application, without what answers requests: ports and kinds, pages, counts, the ring, and the end."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -576,14 +577,14 @@ class Front:
             "/titleshot/answers": self._answers,
         }
 
+    @abc.abstractmethod
     async def answer(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that came to a port for callers."""
-        raise NotImplementedError
 
     @property
+    @abc.abstractmethod
     def is_ready(self) -> bool:
         """Whether requests are welcome."""
-        raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
@@ -666,11 +667,11 @@ class Front:
         else:
             await self.reply(send, page(parse_qs(scope["query_string"].decode("latin-1"))))
 
-    def _ping(self, _query: dict[str, list[str]]) -> Reply:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _ping(self, _query: dict[str, list[str]]) -> Reply: ...
 
-    def _version(self, _query: dict[str, list[str]]) -> Reply:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _version(self, _query: dict[str, list[str]]) -> Reply: ...
 
     def _ready(self, _query: dict[str, list[str]]) -> Reply:
         return (200, JSON, b'{"ready":true}') if self.is_ready else (503, JSON, b'{"ready":false}')
@@ -786,9 +787,9 @@ class Front:
             await asyncio.sleep(0.02)
 
     @property
+    @abc.abstractmethod
     def serves(self) -> bool:
         """Whether it could answer at all, ready or not."""
-        raise NotImplementedError
 
 
 class Server(Front):
