@@ -268,7 +268,9 @@ class KServe:
             try:
                 self.round()
             except ApiError as error:  # whatever is not a race is a mistake of these tests
-                if error.code not in {404, 409}:
+                # Objects are applied in any order: a pod is tried again once its account is there.
+                early = "error looking up service account" in str(error)
+                if error.code not in {404, 409} and not early:
                     raise
 
     def round(self) -> None:
