@@ -16,7 +16,7 @@ chaos: $(STAMP)           ## whatever dies and whenever: the whole suite, which 
 
 test-cluster: $(STAMP)   ## the contract, a promotion and a rollback on a real cluster: see docs/kubernetes.md for its variables
 	TITLESHOT_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/contract/test_promises.py tests/flows/test_kubernetes.py \
-	  -k "kubernetes or cluster or region" -m "long or not long"
+	  -k "kubernetes or cluster or region" -m "long or not long" --timeout 1500
 
 image: $(STAMP)           ## titleshot.tar, for nodes without a registry: needs root and debootstrap, or BASE=rootfs.tar
 	$(BIN)/python -m deployments.images.build --output titleshot.tar $(if $(BASE),--base $(BASE),--debootstrap)

@@ -98,6 +98,8 @@ def _faults(pod: Json) -> Iterator[Fault]:
             continue
         code, reason = ended.get("exitCode"), ended.get("reason", "")
         words = f"{what} ended with exit code {code}" + (f" ({reason})" if reason not in ("", "Error") else "")
+        if reason in _NOT_THE_MODEL and ended.get("message"):
+            words += f": {' '.join(ended['message'].split())}"
         # The fetcher tells apart what is not what was admitted from what could not be had: MLflow may be away.
         own = code == fetch.WRONG if one["name"] in init else reason not in _NOT_THE_MODEL
         yield Fault(words, own, name, one["name"])

@@ -20,7 +20,7 @@ import yaml
 from deployments.artifact import digest
 from deployments.kubernetes import names, pods, route
 from deployments.kubernetes.answers import Answers
-from deployments.kubernetes.client import KINDS, Client, Forbidden
+from deployments.kubernetes.client import KINDS, Client, Conflict, Forbidden
 from deployments.kubernetes.cluster import Cluster, Json
 from deployments.kubernetes.hand import Direct, Hand
 from deployments.kubernetes.lease import State, again, annotated, belongs, refuse_newer
@@ -398,7 +398,13 @@ class KubernetesTarget:
 
         def attempt() -> bool:
             nonlocal before, applied
-            before = self._route(model) or self._bare_route(model, fence)
+            before = self._route(model)
+            if before is not None and _going(before) and self.cluster.gitops is None:
+                if not versions and traffic is None:
+                    return True
+                # It has somebody's finalizer: what is applied now would go with it.
+                raise Conflict(f"the HTTPRoute of {model} is being deleted")
+            before = before or self._bare_route(model, fence)
             self._state.check(model, fence)  # after reading, before writing: see lease.py
             if before is not None:
                 refuse_newer(before, fence)
@@ -919,13 +925,18 @@ def _unversioned(one: Json) -> Json:
 
 
 def _plain(one: Json | None) -> Json | None:
-    """An object without what the API server adds, and without what is new with every lease."""
+    """An object without what the API server adds, and without what is new with every lease. A Service's address in a
+    dry run is not the one that it gets.
+    """
     if one is None:
         return None
     meta = {key: value for key, value in one["metadata"].items() if key not in _NOISE}
     noise = {names.FENCE, names.PROMOTION, ADMITTED}
     meta["annotations"] = {key: value for key, value in (meta.get("annotations") or {}).items() if key not in noise}
-    return {key: value for key, value in {**one, "metadata": meta}.items() if key != "status"}
+    plain = {key: value for key, value in {**one, "metadata": meta}.items() if key != "status"}
+    if one["kind"] == "Service":
+        plain["spec"] = {key: value for key, value in one["spec"].items() if not key.startswith("clusterIP")}
+    return plain
 
 
 def _change(before: Json | None, after: Json | None) -> list[Change]:

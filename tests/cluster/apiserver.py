@@ -11,8 +11,9 @@ What it does, a real v1.3x does as well, with the same codes, reasons and messag
 - check all that Go checks: for pods, Deployments, Services, Jobs, autoscalers, budgets, Leases, ConfigMaps, Events and Roles what
   manifests come across; for other kinds what their schema says. Rules (CEL) of built-in kinds are not evaluated, those of CRDs
   are (about `oldSelf`: not in lists); nothing is ratcheted. CRDs' versions are taken to be alike;
-- serve protobuf (`kubectl create configmap` sends it, `kubectl apply -f` does not), CBOR, tables, exec, attach, port-forward,
-  service proxies, `events.k8s.io`, schemas by OpenAPI, metrics, old versions (a list is always of now), logs that follow;
+- serve protobuf (`kubectl create namespace` and `auth can-i` send it, `kubectl apply -f` does not), CBOR, tables (`kubectl get`
+  shows names and ages), exec, attach, port-forward, service proxies, `events.k8s.io`, schemas by OpenAPI (`kubectl explain`),
+  metrics, old versions (a list is always of now), logs that follow;
 - keep anything on disk: a new server is a new cluster. `away()` is a server that comes back with all it knew.
 """
 
@@ -83,9 +84,14 @@ _SHORT |= {"replicasets": ["rs"], "serviceaccounts": ["sa"], "events": ["ev"], "
 _SHORT |= {
     "poddisruptionbudgets": ["pdb"],
     "networkpolicies": ["netpol"],
+    "persistentvolumeclaims": ["pvc"],
+    "customresourcedefinitions": ["crd", "crds"],
     "gateways": ["gtw"],
     "inferenceservices": ["isvc"],
 }
+_ALL = {"pods", "services", "deployments", "replicasets", "statefulsets", "daemonsets", "jobs", "cronjobs"}
+_ALL |= {"horizontalpodautoscalers"}
+"""What `kubectl get all` gets."""
 _SUBRESOURCES = {"pods": {"log", "proxy", "eviction", "binding", "status"}, "serviceaccounts": {"token"}}
 _SCALED = {("apps", "deployments"), ("apps", "replicasets"), ("apps", "statefulsets")}
 
@@ -973,7 +979,8 @@ def _lines(resource: Resource) -> Iterator[Json]:
         "kind": resource.kind,
         "verbs": verbs,
     }
-    yield {**line, "shortNames": _SHORT[resource.plural]} if resource.plural in _SHORT else line
+    more: Json = {"shortNames": _SHORT[resource.plural]} if resource.plural in _SHORT else {}
+    yield {**line, **more, **({"categories": ["all"]} if resource.plural in _ALL else {})}
     if resource.has_status:
         yield {**line, "name": f"{resource.plural}/status", "singularName": "", "verbs": ["get", "patch", "update"]}
     if (resource.group, resource.plural) in _SCALED:

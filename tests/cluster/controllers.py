@@ -123,9 +123,8 @@ class Controllers:
         return self._caches[kind].all()
 
     def _run(self) -> None:
-        for cache in self._caches.values():
-            while not cache.synced.wait(0.1) and not self._stop.is_set():
-                pass
+        if not all(cache.wait(self._stop) for cache in self._caches.values()):
+            return
         while not self._stop.is_set():
             self._dirty.wait(0.25)
             if self.paused.is_set():

@@ -2,21 +2,20 @@
 
 import re
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from tests.cluster.store import Problem
 
 
 @dataclass
 class Hurt:
-    """One fault: which requests it meets, how often or how long, and what it does to them. `hits` counts them."""
+    """One fault: which requests it meets, how often, and what it does to them. `hits` counts them."""
 
-    when: Callable[[str, str, str], bool]
+    verb: str | None
+    method: str | None
+    path: re.Pattern[str]
     times: int | None
-    until: float | None
     code: int = 0
     retry_after: int | None = None
     close: bool = False
@@ -24,6 +23,9 @@ class Hurt:
     hang: float = 0
     hits: int = 0
     released: threading.Event = field(default_factory=threading.Event)
+
+    def meets(self, verb: str, method: str, path: str) -> bool:
+        return self.verb in {None, verb} and self.method in {None, method} and bool(self.path.search(path))
 
     def wait(self) -> None:
         self.released.wait(self.hang)
@@ -71,94 +73,52 @@ class Hurt:
         return Answer(problem.code, problem.status(), headers)
 
 
-class Faults:
-    """All faults of a server. Each is told by `verb` ("patch", "watch"; RBAC's words), `method`, `path` (a regular
-    expression, searched in path and query), and lasts for `times` requests or `seconds`; without both, until `clear()`.
+class Where(TypedDict, total=False):
+    """The requests that a fault meets: `verb` ("patch", "watch"; RBAC's words), `method`, `path` (a regular expression,
+    searched in path and query). What is left out is any.
     """
+
+    verb: str
+    method: str
+    path: str
+
+
+class Faults:
+    """All faults of a server. Each lasts for `times` requests; where that is None, until `clear()`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._all: list[Hurt] = []
 
-    def _add(
-        self,
-        verb: str | None,
-        method: str | None,
-        path: str | None,
-        times: int | None,
-        seconds: float | None,
-        **what: Any,
-    ) -> Hurt:
-        pattern = re.compile(path or "")
-
-        def when(of_verb: str, of_method: str, of_path: str) -> bool:
-            return (verb in {None, of_verb}) and (method in {None, of_method}) and bool(pattern.search(of_path))
-
-        hurt = Hurt(when, times, None if seconds is None else time.monotonic() + seconds, **what)
+    def _add(self, times: int | None, where: Where, **what: Any) -> Hurt:
+        hurt = Hurt(where.get("verb"), where.get("method"), re.compile(where.get("path", "")), times, **what)
         with self._lock:
             self._all.append(hurt)
         return hurt
 
     def answer(
-        self,
-        code: int,
-        times: int | None = 1,
-        *,
-        verb: str | None = None,
-        method: str | None = None,
-        path: str | None = None,
-        seconds: float | None = None,
-        retry_after: int | None = None,
+        self, code: int, times: int | None = 1, *, retry_after: int | None = None, **where: Unpack[Where]
     ) -> Hurt:
         """Requests are not executed and answered with this code."""
-        return self._add(
-            verb, method, path, times if seconds is None else None, seconds, code=code, retry_after=retry_after
-        )
+        return self._add(times, where, code=code, retry_after=retry_after)
 
-    def close(
-        self,
-        times: int | None = 1,
-        *,
-        verb: str | None = None,
-        method: str | None = None,
-        path: str | None = None,
-        seconds: float | None = None,
-    ) -> Hurt:
+    def close(self, times: int | None = 1, **where: Unpack[Where]) -> Hurt:
         """The connection is closed before the request is executed."""
-        return self._add(verb, method, path, times if seconds is None else None, seconds, close=True)
+        return self._add(times, where, close=True)
 
-    def lose(
-        self,
-        times: int | None = 1,
-        *,
-        verb: str | None = None,
-        method: str | None = None,
-        path: str | None = None,
-        seconds: float | None = None,
-    ) -> Hurt:
+    def lose(self, times: int | None = 1, **where: Unpack[Where]) -> Hurt:
         """The request is executed and its answer lost: the connection is closed."""
-        return self._add(verb, method, path, times if seconds is None else None, seconds, lose=True)
+        return self._add(times, where, lose=True)
 
-    def hang(
-        self,
-        longest: float,
-        times: int | None = 1,
-        *,
-        verb: str | None = None,
-        method: str | None = None,
-        path: str | None = None,
-        lose: bool = False,
-    ) -> Hurt:
+    def hang(self, longest: float, times: int | None = 1, *, lose: bool = False, **where: Unpack[Where]) -> Hurt:
         """The request waits before it is executed, until `released` is set, `longest` seconds at most."""
-        return self._add(verb, method, path, times, None, hang=longest, lose=lose)
+        return self._add(times, where, hang=longest, lose=lose)
 
     def of(self, verb: str, method: str, path: str) -> Hurt | None:
         """The fault that meets this request, counted."""
         with self._lock:
-            now = time.monotonic()
-            self._all = [hurt for hurt in self._all if hurt.until is None or hurt.until > now]
             for hurt in self._all:
-                if hurt.when(verb, method, path):
+                if hurt.meets(verb, method, path):
                     hurt.hits += 1
                     if hurt.times is not None and hurt.hits >= hurt.times:
                         self._all.remove(hurt)

@@ -660,10 +660,8 @@ class Gateways:
                 raise
 
     def _run(self) -> None:
-        for cache in self._caches.values():
-            while not cache.synced.wait(0.1):
-                if self._stop.is_set():
-                    return
+        if not all(cache.wait(self._stop) for cache in self._caches.values()):
+            return
         while not self._stop.is_set():
             self._dirty.wait(1.0)
             if self.ignore.is_set():

@@ -1128,9 +1128,8 @@ class Node:
     # --- pods
 
     def _run(self) -> None:
-        while not self._cache.synced.wait(0.1):
-            if self.stopped.is_set():
-                return
+        if not self._cache.wait(self.stopped):
+            return
         while not self.stopped.is_set():
             self._work.wait(1.0)
             self._work.clear()

@@ -314,6 +314,13 @@ class Informer:
         """Ends with its current watch at the latest."""
         self._stop.set()
 
+    def wait(self, stop: threading.Event) -> bool:
+        """Until the first list is there; whether it is: not where `stop` is set meanwhile."""
+        while not self.synced.wait(0.1):
+            if stop.is_set():
+                return False
+        return True
+
     def all(self) -> list[Json]:
         with self._lock:
             return sorted(self._objects.values(), key=key_of)

@@ -26,6 +26,9 @@ Key = tuple[str, str]
 Kept = tuple[str, str]
 """(group, plural): the same objects in all versions."""
 FOREGROUND, ORPHAN = "foregroundDeletion", "orphan"
+CLEANUP = "customresourcecleanup.apiextensions.k8s.io"
+"""The finalizer of a definition that is deleted: all that was made by it goes first."""
+_DEFINITIONS = ("apiextensions.k8s.io", "customresourcedefinitions")
 LONGEST_LOG = 20_000
 STALE = "the object has been modified; please apply your changes to the latest version and try again"
 
@@ -342,10 +345,17 @@ class Store:
                 self._suspects.add((kept, key))
             if get(new, "metadata", "deletionTimestamp"):
                 self._ending.add((kept, key))
+        if new is None and self._defined_no_more(kept):
+            self._ending.add((_DEFINITIONS, ("", f"{kept[1]}.{kept[0]}")))
         if kept != ("", "events") and key[0] and new is None:
             self._ending.add((("", "namespaces"), ("", key[0])))
         if self._suspects or self._ending:
             self.work.set()
+
+    def _defined_no_more(self, kept: Kept) -> bool:
+        """Whether the definition of these objects is being deleted."""
+        crd = self.collections[_DEFINITIONS].objects.get(("", f"{kept[1]}.{kept[0]}"))
+        return crd is not None and "deletionTimestamp" in crd["metadata"]
 
     def decode(self, resource: Resource, obj: Any, write: Write) -> Json:
         """The object as it can be kept: without what its kind does not have."""
@@ -477,6 +487,9 @@ class Store:
         name = meta.get("name", "")
         key = (namespace if resource.namespaced else "", name)
         self._house(resource, namespace, name)
+        if self._defined_no_more((resource.group, resource.plural)):
+            text = "create not allowed while custom resource definition is terminating"
+            raise Problem(405, "MethodNotAllowed", text, _about(resource, name))
         for gone in ("deletionTimestamp", "deletionGracePeriodSeconds", "selfLink", "managedFields", "resourceVersion"):
             meta.pop(gone, None)
         meta["uid"], meta["creationTimestamp"] = builtin.new_uid(), stamp()
@@ -794,6 +807,8 @@ class Store:
                 finalizers.append(FOREGROUND)
             elif policy == "Orphan" and (has_dependents or ORPHAN in (was.get("finalizers") or ())):
                 finalizers.append(ORPHAN)
+            if resource.kind == "CustomResourceDefinition" and CLEANUP not in finalizers:
+                finalizers.append(CLEANUP)
             new = {**old, "metadata": {**was}}
             meta = new["metadata"]
             grace = 0
@@ -887,6 +902,8 @@ class Store:
                 self._unhold(resource, key, FOREGROUND)
         if resource.kind == "Namespace":
             self._empty(resource, key, obj, quiet)
+        if CLEANUP in finalizers:
+            self._undefine(resource, key, obj, quiet)
         if self._ending:
             self.work.set()
 
@@ -900,6 +917,18 @@ class Store:
             del new["metadata"]["finalizers"]
         gone = not left and not self._graceful(resource, new)
         self._commit(resource, key, new if gone else obj, None if gone else new)
+
+    def _undefine(self, resource: Resource, key: Key, crd: Json, quiet: Write) -> None:
+        """Take away what was made by a definition; with the last of it the definition, which is served no more."""
+        kept = crd["spec"]["group"], crd["spec"]["names"]["plural"]
+        there = self.collections[kept].objects
+        for space, name in list(there):
+            if "deletionTimestamp" not in there[space, name]["metadata"]:
+                self.delete(self._any(kept), space, name, {"propagationPolicy": "Background"}, quiet)
+        if not there:
+            self._unhold(resource, key, CLEANUP)
+            for one in [one for one in self.resources if (one[0], one[2]) == kept]:
+                del self.resources[one]
 
     def _empty(self, resource: Resource, key: Key, obj: Json, quiet: Write) -> None:
         left = False

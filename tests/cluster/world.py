@@ -5,9 +5,9 @@ a pod needs nothing but its image. What that image is, and how it is started, is
 
     TITLESHOT_TEST_IMAGE         an image with our programs (`make image`), as the node has it; titleshot:latest otherwise
     TITLESHOT_TEST_PULL_POLICY   Never (the default: loaded by hand), IfNotPresent or Always
-    TITLESHOT_TEST_PYTHON        its interpreter; python otherwise
+    TITLESHOT_TEST_PYTHON        its interpreter; python otherwise, python3 in a plain image
     TITLESHOT_TEST_PLAIN         1: the image has a python3 and nothing of ours: tests/cluster/plain.py answers in the server's place
-    TITLESHOT_TEST_REACH         proxy (the default) or direct: how this process asks pods
+    TITLESHOT_TEST_REACH         proxy or direct: how this process asks pods; whichever works otherwise, proxy first
     TITLESHOT_TEST_DNS           1: pods resolve Services, so that fallbacks are tested
     TITLESHOT_TEST_GATEWAY       NAMESPACE/NAME=URL of a Gateway that is there; the tests run an Envoy of their own otherwise
 """
@@ -27,6 +27,7 @@ from deployments.kubernetes.target import KubernetesTarget
 from deployments.local.supervisor import wait_for
 from deployments.target import Fence, ServingTarget, Version
 from tests.cluster.node import LocalCluster
+from tests.cluster.real import RealCluster
 from tests.cluster.rest import Api
 from tests.contract.clients import GOOD, MODEL, Clients
 
@@ -34,13 +35,15 @@ Json = dict[str, Any]
 
 
 class KubernetesWorld(Clients):
-    """A `World` on a cluster. `node` is the tests' own, None on a real one."""
+    """A `World` on a cluster: the tests' `own`, or `part` of a real one."""
 
-    def __init__(self, root: Path, cluster: Cluster, own: LocalCluster | None = None) -> None:
-        self.root, self.cluster, self.own = root, cluster, own
+    def __init__(
+        self, root: Path, cluster: Cluster, own: LocalCluster | None = None, part: RealCluster | None = None
+    ) -> None:
+        self.root, self.cluster, self.own, self.part = root, cluster, own, part
         self.kubernetes = KubernetesTarget(cluster)
         self.target: ServingTarget = self.kubernetes
-        self.api = own.api if own is not None else Api(Path(str(cluster.kubeconfig)))
+        self.api = own.api if own is not None else Api(cluster.kubeconfig, cluster.context)
 
     def version(self, number: str, kind: str = GOOD) -> Version:
         carried = self.root / "carried" / number

@@ -205,7 +205,8 @@ def kubernetes_world(models: Path) -> Iterator[KubernetesWorld]:
             pytest.skip(why)
         with RealCluster() as part:
             kinds = {**KINDS, "4": GOOD, "5": BROKEN, "6": GOOD, "8": GOOD}
-            world = KubernetesWorld(models, part.settings({number: models / kind for number, kind in kinds.items()}))
+            settings = part.settings({number: models / kind for number, kind in kinds.items()})
+            world = KubernetesWorld(models, settings, part=part)
             _deploy_all(world)
             yield world
         return
@@ -230,6 +231,18 @@ BY_FALLBACK = {
 """Here one version's server asks another's by its Service: on a real cluster that takes DNS and kube-proxy."""
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A failure on a real cluster comes with what the cluster looked like then."""
+    try:
+        return (yield)
+    except Exception as error:
+        world = getattr(item, "funcargs", {}).get("world")
+        if isinstance(world, KubernetesWorld) and world.part is not None:
+            error.add_note(world.part.described())
+        raise
+
+
 @pytest.fixture(params=["fake", "local", "kubernetes"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     """Each target, with version 1 as champion before and after."""
@@ -240,8 +253,11 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     if request.param == "kubernetes" and weight != 5000 and request.config.getoption("-m") == "not long":
         pytest.skip("one weight is enough here: the others in `make chaos`")
     real = os.environ.get("TITLESHOT_TEST_CLUSTER")
-    if request.param == "kubernetes" and real and name in BY_FALLBACK and not os.environ.get("TITLESHOT_TEST_DNS"):
-        pytest.skip("TITLESHOT_TEST_DNS is not set: pods may not resolve Services here")
+    if request.param == "kubernetes" and real and name in BY_FALLBACK:
+        if not os.environ.get("TITLESHOT_TEST_DNS"):
+            pytest.skip("TITLESHOT_TEST_DNS is not set: pods may not resolve Services here")
+        if os.environ.get("TITLESHOT_TEST_PLAIN"):
+            pytest.skip("TITLESHOT_TEST_PLAIN is set: the stand-in passes nothing on")
     found: World = request.getfixturevalue(f"{request.param}_world")
     yield found
     calm(found)

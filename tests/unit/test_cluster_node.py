@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import threading
 from pathlib import Path
 
@@ -211,7 +210,6 @@ def test_a_second_gateway_reaches_pods_through_the_api_servers_proxy(cluster):
         url = outside.url(SPACE, "outside")
         posted = httpx.post(url + "/score?a=%20b", headers={"host": "far.test"}, content=b"x" * 100_000)
         assert (posted.status_code, posted.json()["path"]) == (200, "/score?a=%20b")
-        assert outside._forwarder.way == "proxy"
     finally:
         outside.stop()
         cluster.api.delete("Gateway", SPACE, "outside")
@@ -476,50 +474,3 @@ def test_a_new_template_rolls_out_and_quantities_and_addresses_are_understood(cl
         one.free()
     assert json.dumps(cluster.controllers.errors) == "[]"
     remove(cluster, "rolled")
-
-
-def test_a_pod_out_of_reach_is_reached_through_the_api_servers_websocket(tmp_path):
-    """The gateway's way to pods of a real cluster, with the official client's websocket, against a server that speaks the protocol."""
-    from websockets.exceptions import ConnectionClosed
-    from websockets.sync.server import serve
-
-    from tests.cluster.forward import Forwarder
-
-    asked = []
-
-    def pod(websocket):
-        asked.append(websocket.request.path)
-        port = (8080).to_bytes(2, "little")
-        websocket.send(b"\0" + port)
-        websocket.send(b"\1" + port)
-        with contextlib.suppress(ConnectionClosed):
-            for message in websocket:
-                websocket.send(b"\0" + message[1:].upper())
-
-    with serve(pod, "127.0.0.1", 0, subprotocols=["v4.channel.k8s.io"]) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        kubeconfig = {
-            "clusters": [{"name": "a", "cluster": {"server": f"http://127.0.0.1:{server.socket.getsockname()[1]}"}}],
-            "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
-            "users": [{"name": "a", "user": {"token": "secret"}}],
-            "current-context": "a",
-        }
-        (tmp_path / "config").write_text(json.dumps(kubeconfig))
-        forwarder = Forwarder(Api(tmp_path / "config"))
-        where = forwarder.address("models", "one", 8080)
-        assert forwarder.way == "portforward"
-        assert where == forwarder.address("models", "one", 8080)
-        for text in (b"hello, end", b"x" * 200_000 + b"end"):
-            with socket.create_connection(where, 10) as connection:
-                connection.sendall(text)
-                got = b""
-                while chunk := connection.recv(65536):
-                    got += chunk
-                    if len(got) == len(text):
-                        break
-                assert got == text.upper()
-        assert asked[0].startswith("/api/v1/namespaces/models/pods/one/portforward?ports=8080")
-        forwarder.close()
-        with pytest.raises(OSError, match="refused"):
-            socket.create_connection(where, 10)
-        server.shutdown()

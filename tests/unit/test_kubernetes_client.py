@@ -50,6 +50,22 @@ def test_what_is_created_is_read_replaced_and_deleted(api: ApiServer, tmp_path: 
     assert one.get("ConfigMap", "one") is None
 
 
+def test_what_owns_nothing_is_gone_at_once(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the garbage collector has not heard of its kind yet; what owns pods waits for it."""
+    monkeypatch.setattr(api.store, "collect", lambda: None)
+    one = client(api, tmp_path)
+    gateway = {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "r"}, "spec": {}}
+    pod = {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "a", "image": "a"}]}}
+    spec = {"selector": {"matchLabels": {"a": "b"}}, "template": pod}
+    for obj in (gateway, {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "d"}, "spec": spec}):
+        one.create(obj)
+        one.delete(obj["kind"], obj["metadata"]["name"])
+    assert one.get("HTTPRoute", "r") is None
+    left = one.get("Deployment", "d")
+    assert left is not None
+    assert left["metadata"]["finalizers"] == ["foregroundDeletion"]
+
+
 def test_what_changed_since_it_was_read_is_a_conflict(api: ApiServer, tmp_path: Path) -> None:
     """Create, replace, apply and delete are all compare-and-set where they are given something to compare."""
     one = client(api, tmp_path)

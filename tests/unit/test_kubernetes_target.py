@@ -443,6 +443,22 @@ def test_a_cut_deploy_goes_on(world: World, fence: Fence) -> None:
     assert after["metadata"]["generation"] == deployment["metadata"]["generation"]
 
 
+def test_a_route_that_is_still_going_is_not_written(world: World, fence: Fence) -> None:
+    """What is applied to an object that is being deleted goes with it, and nobody would answer: the next route waits until
+    it is gone."""
+    two(world, fence)
+    world.api.patch("HTTPRoute", "default", MODEL, {"metadata": {"finalizers": ["example.org/theirs"]}})
+    uid = world.route()["metadata"]["uid"]
+    world.api.delete("HTTPRoute", "default", MODEL)
+    assert "deletionTimestamp" in world.route()["metadata"]
+    timer = threading.Timer(0.3, world.api.patch, ("HTTPRoute", "default", MODEL, {"metadata": {"finalizers": None}}))
+    timer.start()
+    world.target.route(Traffic(MODEL, "2"), fence)
+    timer.join()
+    assert world.target.traffic(MODEL) == Traffic(MODEL, "2")
+    assert world.route()["metadata"]["uid"] != uid
+
+
 def test_somebody_elses_hand_is_noticed(world: World, fence: Fence) -> None:
     """A route that was changed behind our back is not read as ours; one of another's name is left alone."""
     two(world, fence)
