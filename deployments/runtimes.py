@@ -325,7 +325,7 @@ _BY_FLAVOUR = {
 """The first flavour in this order that a model has decides, where nothing names a runtime."""
 _MORE_PROGRAMS = frozenset({"recorder", "fetcher"})
 """What settings may describe among the programs besides runtimes."""
-_WORDS = re.compile(r"\{(model|version|digest|path|artifact|folder|file|host|port)\}")
+_WORDS = re.compile(r"\{(model|version|digest|path|artifact|folder|file|host|port|service|namespace)\}")
 
 
 def fill(text: str, words: Mapping[str, str]) -> str:

@@ -147,7 +147,7 @@ def as_json(found: Preview) -> Mapping[str, Any]:
 
 
 def difference(change: Change) -> list[str]:
-    """One change as lines of a unified diff, without its head; of what is new or gone, all lines."""
+    """One change as lines of a unified diff, without its head; of what is new or gone, or has one line, all lines."""
     before, after = change.before.splitlines(), change.after.splitlines()
     lines = list(difflib.unified_diff(before, after, lineterm="", n=2))[2:]
-    return lines if before and after else lines[1:]
+    return lines if min(len(before), len(after)) > 1 else lines[1:]

@@ -1,7 +1,7 @@
 """The objects of a version as YAML, for clusters that are changed from a repository only."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from deployments.artifact import digest as digest_of
@@ -43,23 +43,32 @@ def render(
             raise Mistake(f"{version.name} is not what was admitted: its digest is {found}, recorded was {recorded}")
         one = Version(model, number, path, found, settings.env_manager, dict(version.tags))
         try:
-            traffic = _traffic(meant, model)
+            traffic, deployed = _now(meant, model, place)
             serving = (kserve if place == "kserve" else workload).serving(one, meant)
             objects = (of_kserve if place == "kserve" else manifests).version_objects
-            return rendering.render(meant, one, serving, traffic, kustomize=kustomize, beside=beside, objects=objects)
+            return rendering.render(
+                *(meant, one, serving, traffic),
+                kustomize=kustomize,
+                beside=beside,
+                deployed=deployed,
+                objects=objects,
+            )
         except TargetError as error:
             raise Mistake(str(error), code=2) from error
 
 
-def _traffic(meant: Cluster, model: str) -> Traffic | None:
-    """The traffic in force; None where the cluster cannot be asked."""
+def _now(meant: Cluster, model: str, place: Place | None) -> tuple[Traffic | None, Collection[str]]:
+    """The traffic in force and the versions that are deployed; no traffic where the cluster cannot be asked."""
+    from deployments.kserve.target import KServeTarget
     from deployments.kubernetes.target import KubernetesTarget
 
+    kind = KServeTarget if place == "kserve" else KubernetesTarget
+    target = kind(meant.model_copy(update={"patience": 0.0}))
     try:
-        return KubernetesTarget(meant.model_copy(update={"patience": 0.0})).traffic(model)
+        return target.traffic(model), target.deployed(model).keys()
     except TargetError as error:
         say(f"the route is left out, since the cluster cannot be asked for its traffic: {error}")
-        return None
+        return None, ()
 
 
 def write(files: dict[str, str], folder: Path) -> None:

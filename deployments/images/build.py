@@ -58,7 +58,11 @@ ENVIRONMENT = {
     "MPLCONFIGDIR": f"{SCRATCH}/matplotlib",
 }
 """The image's environment; the Dockerfile has the same."""
-COMMAND = ["titleshot", "--help"]
+COMMANDS = {
+    "serving": ["python", "-m", "deployments.local.server", "--help"],
+    "worker": ["titleshot", "--help"],
+}
+"""What runs where nothing is asked for, by target: the smaller one has not what `titleshot` needs."""
 LABELS = {
     "org.opencontainers.image.title": "titleshot",
     "org.opencontainers.image.description": "Gated, zero-downtime promotion of models: worker and model servers",
@@ -280,8 +284,10 @@ def _only_locked(venv: Path) -> None:
         raise BuildError(f"requirements.lock has no {', '.join(extra)}: bring it up to date with pyproject.toml")
 
 
-def write(output: Path, layers: Sequence[Layer], tags: Sequence[str], date: int, version: str) -> str:
-    """Write the archive and return the image's id, "sha256:<hex>"."""
+def write(
+    output: Path, layers: Sequence[Layer], tags: Sequence[str], date: int, version: str, command: Sequence[str]
+) -> str:
+    """Write the archive of an image that runs `command`, and return its id, "sha256:<hex>"."""
     made = datetime.fromtimestamp(date, UTC).isoformat().replace("+00:00", "Z")
     config = {
         "created": made,
@@ -290,7 +296,7 @@ def write(output: Path, layers: Sequence[Layer], tags: Sequence[str], date: int,
         "config": {
             "User": f"{USER}:{USER}",
             "Env": [f"{name}={value}" for name, value in ENVIRONMENT.items()],
-            "Cmd": COMMAND,
+            "Cmd": [*command],
             "WorkingDir": f"/{HOME}",
             "Labels": {**LABELS, "org.opencontainers.image.version": version},
         },
@@ -347,7 +353,7 @@ def build(output: Path, tags: Sequence[str], target: str, base: Path | None, mir
         folder = Path(made)
         system, python = base_from(base, folder, date) if base else base_made(target, folder, date, mirror)
         layers = (system, packages(target, python, folder, date))
-        return write(output, layers, tags, date, version[1] if version else "")
+        return write(output, layers, tags, date, version[1] if version else "", COMMANDS[target])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

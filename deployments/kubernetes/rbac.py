@@ -1,6 +1,6 @@
 """What a promotion may do in a cluster, and Prefect's worker beside it: Roles with the verbs that are used. Pure.
 
-    python -m deployments.kubernetes.rbac --models models --gateway infra/shared | kubectl apply -f -
+    python -m deployments.kubernetes.rbac --models models --gateway infra/public | kubectl apply -f -
 
 The runs (Jobs with the promotions) and the models live in two namespaces: whoever may make Deployments in a namespace
 can, by a pod, read its Secrets, so nothing worth reading belongs among the models. Model servers have no rights and no

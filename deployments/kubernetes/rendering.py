@@ -1,6 +1,7 @@
 """The objects of a version as files: plain YAML and a kustomize base, for clusters that only Argo CD or Flux change."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Protocol
 
 import yaml
@@ -31,34 +32,44 @@ def render(
     *,
     kustomize: bool = False,
     beside: Iterable[str] = (),
+    deployed: Iterable[str] = (),
     objects: Objects = version_objects,
 ) -> dict[str, str]:
     """The files of `version`, and, where there is `traffic`, of the model's HTTPRoute: path to YAML, in the order in
-    which they are to be applied. Their fence is 0, so whoever promotes later may change them.
+    which they are to be applied. Their fence is 0, so whoever promotes later may change them. The route has own paths
+    of the versions that are `deployed`, of those in the traffic, and of this one.
 
-    With `kustomize` there is one more, a base that names the others and those that are there already, `beside` them.
+    With `kustomize` there is one more, a base that names the others and those that are there already, `beside` them,
+    but for what another kustomization takes care of.
     Raises `TargetError` for settings that do not fit.
     """
     made = objects(cluster, version, serving, promotion="", fence=0)
     if traffic is not None:
-        versions = sorted({*traffic.live, version.number}, key=_by_number)
+        versions = [*{*deployed, *traffic.live, version.number}]
         made = [*made, route.route(cluster, version.model, versions, traffic, fence=0)]
     files = {file_of(one): text_of(one) for one in made}
-    return files | base(sorted({*beside, *files} - {KUSTOMIZATION}), cluster) if kustomize else files
+    return files | base(sorted({*_free(beside), *files})) if kustomize else files
 
 
-def base(paths: Sequence[str], cluster: Cluster) -> dict[str, str]:
-    """A kustomization.yaml that names the files at `paths`. Its labels leave the selectors alone: those of a Deployment
-    cannot be changed, so a label added to them (`commonLabels`) would make every later change fail.
-    """
+def base(paths: Sequence[str]) -> dict[str, str]:
+    """A kustomization.yaml that names the files at `paths`, and changes nothing of them."""
     content = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "namespace": cluster.namespace,
-        "labels": [{"pairs": {"app.kubernetes.io/part-of": "titleshot"}, "includeSelectors": False}],
         "resources": [*paths],
     }
     return {KUSTOMIZATION: _yaml(content)}
+
+
+def _free(paths: Iterable[str]) -> list[str]:
+    """Those that lie in no folder with a kustomization.yaml of its own, and in none that is hidden."""
+    found = [PurePosixPath(path) for path in paths if path != KUSTOMIZATION]
+    taken = {path.parent for path in found if path.name == KUSTOMIZATION}
+    return [
+        str(path)
+        for path in found
+        if taken.isdisjoint(path.parents) and not any(part.startswith(".") for part in path.parts)
+    ]
 
 
 def file_of(one: Json) -> str:
@@ -87,7 +98,3 @@ class _Plain(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002
         """No value is written by reference to another."""
         return True
-
-
-def _by_number(version: str) -> tuple[int, str]:
-    return (int(version), "") if version.isdigit() else (0, version)

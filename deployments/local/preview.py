@@ -1,5 +1,6 @@
 """What a deploy and the routes after it would change on this machine, as texts to compare. Pure."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,8 @@ class Picture:
             found[f"gateway listener {self.model}"] = {"address": "127.0.0.1", "port": self.port}
             versions = [one.version for one in self.backends]
             found[f"gateway routes {self.model}"] = envoy.routes(self.model, 0, versions, self.traffic, limits)
+        # Through JSON and back, so that no two share a part: YAML would write the second as a reference.
+        found = json.loads(json.dumps(found))
         return {name: yaml.safe_dump(value, sort_keys=False, width=110) for name, value in found.items()}
 
 

@@ -35,7 +35,9 @@ def test_the_dockerfile_says_the_same() -> None:
     assert labels == build.LABELS
     assert set(instructions("USER")) == {f"{build.USER}:{build.USER}"} == {f"{USER}:{USER}"}
     assert instructions("WORKDIR")[-1] == f"/{build.HOME}"
-    assert json.loads(instructions("CMD")[-1]) == build.COMMAND
+    stages = re.findall(r"^FROM \S+ AS (\w+)$(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    said = {name: found[1] for name, text in stages if (found := re.search(r"^CMD (.*)$", text, re.MULTILINE))}
+    assert {name: json.loads(text) for name, text in said.items()} == build.COMMANDS
     assert json.loads(instructions("ENTRYPOINT")[-1]) == []
     base = next(text for text in instructions("ARG") if text.startswith("BASE="))
     assert re.fullmatch(r"BASE=python:3\.\d+\.\d+-slim-\w+", base)
@@ -96,7 +98,7 @@ def archive(folder: Path) -> Path:
         writer.directory("opt/venv")
         writer.directory(build.HOME, owner=build.USER)
     output = folder / "image.tar"
-    write(output, [layer, *made], ["titleshot:latest", "titleshot:0.1.0"], DATE, "0.1.0")
+    write(output, [layer, *made], ["titleshot:latest", "titleshot:0.1.0"], DATE, "0.1.0", ["titleshot", "--help"])
     return output
 
 

@@ -35,6 +35,13 @@ def test_without_traffic_the_route_is_left_alone():
     assert not any("httproute" in path for path in render(CLUSTER, version(), SERVING, None))
 
 
+def test_the_route_keeps_the_own_paths_of_all_that_is_deployed():
+    """A version that is kept warm, or on its way, has its path also where it is in no traffic."""
+    files = render(CLUSTER, version(), SERVING, Traffic(MODEL, "2"), deployed=["10", "2"])
+    rules = yaml.safe_load(files["flight-delay/httproute.yaml"])["spec"]["rules"]
+    assert [rule["matches"][0]["path"]["value"] for rule in rules] == ["/v/2", "/v/3", "/v/10", "/"]
+
+
 def test_what_is_rendered_is_what_is_applied():
     """The YAML reads as the very objects, and the same settings give the same text."""
     files = render(CLUSTER, version(), SERVING, CANARY)
@@ -55,14 +62,15 @@ def test_a_name_that_had_to_be_changed_is_a_folder_by_its_name_in_the_cluster():
     assert "/" not in slug
 
 
-def test_the_base_names_every_file_and_leaves_selectors_alone():
-    """The kustomization lists what there is, other versions too; its labels do not go into selectors."""
-    there = ["flight-delay/v2/deployment.yaml", KUSTOMIZATION]
-    files = render(CLUSTER, version(), SERVING, CANARY, kustomize=True, beside=there)
+def test_the_base_names_every_file_and_changes_none():
+    """The kustomization lists what there is, other versions too; overlays that lie in the same folder, and hidden files,
+    are no part of it."""
+    there = ["flight-delay/v2/deployment.yaml", KUSTOMIZATION, ".github/workflows/ci.yaml"]
+    over = [f"overlays/staging/{KUSTOMIZATION}", "overlays/staging/more/patch.yaml"]
+    files = render(CLUSTER, version(), SERVING, CANARY, kustomize=True, beside=[*there, *over])
     base = yaml.safe_load(files.pop(KUSTOMIZATION))
-    assert base["resources"] == sorted([there[0], *files])
-    assert [one["includeSelectors"] for one in base["labels"]] == [False]
-    assert "commonLabels" not in base
+    assert base.pop("resources") == sorted([there[0], *files])
+    assert base.keys() == {"apiVersion", "kind"}
 
 
 def test_kserves_objects_are_rendered_alike():
@@ -74,25 +82,69 @@ def test_kserves_objects_are_rendered_alike():
     assert "flight-delay/v3/inferenceservice.yaml" in files
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which has kustomize in it, is not installed")
-def test_kustomize_builds_the_base(tmp_path):
-    """Kustomize itself reads it, puts it into another namespace, and changes no selector."""
-    files = render(CLUSTER, version(), SERVING, CANARY, kustomize=True)
+def kustomized(folder: Path, files: dict[str, str], **overlay: object) -> dict[str, dict]:
+    """What kubectl's kustomize makes of an overlay on the base of these files, by kind."""
+    folder.mkdir()
     for path, text in files.items():
-        (tmp_path / "base" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "base" / path).write_text(text)
-    overlay = {"resources": ["../base"], "namespace": "staging", "labels": [{"pairs": {"team": "ops"}}]}
-    (tmp_path / "staging").mkdir()
-    (tmp_path / "staging" / KUSTOMIZATION).write_text(yaml.safe_dump(overlay))
+        (folder / "base" / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "base" / path).write_text(text)
+    (folder / "over").mkdir()
+    (folder / "over" / KUSTOMIZATION).write_text(yaml.safe_dump({"resources": ["../base"], **overlay}))
     done = subprocess.run(
-        ["kubectl", "kustomize", str(tmp_path / "staging")], capture_output=True, text=True, check=False
+        ["kubectl", "kustomize", str(folder / "over")], capture_output=True, text=True, check=False, timeout=30
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, "deprecated words"
-    built = {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
-    assert len(built) == len(files) - 1
-    assert {one["metadata"]["namespace"] for one in built.values()} == {"staging"}
-    assert {one["metadata"]["labels"]["team"] for one in built.values()} == {"ops"}
-    before = yaml.safe_load(files["flight-delay/v3/deployment.yaml"])
-    assert built["Deployment"]["spec"] == before["spec"]
-    assert built["Service"]["spec"]["selector"] == before["spec"]["selector"]["matchLabels"]
+    return {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which has kustomize in it, is not installed")
+def test_kustomize_builds_the_base_and_what_a_team_may_lay_over_it(tmp_path: Path) -> None:
+    """Labels (in pods too), annotations, images and patches of a container change what they name: no name, no selector,
+    nobody's way to anybody, and no annotation of ours."""
+    files = render(CLUSTER, version(), SERVING, CANARY, kustomize=True)
+    patch = {"spec": {"template": {"spec": {"containers": [{"name": "server", "env": [{"name": "A", "value": "b"}]}]}}}}
+    patch |= {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "any"}}
+    built = kustomized(
+        tmp_path / "may",
+        files,
+        labels=[{"pairs": {"team": "ops"}, "includeTemplates": True}],
+        commonAnnotations={"owner": "ml"},
+        images=[{"name": "titleshot", "newName": "mirror.example.test/titleshot", "newTag": "9"}],
+        patches=[{"target": {"kind": "Deployment", "name": "flight-delay-v3"}, "patch": yaml.safe_dump(patch)}],
+    )
+    before = {one["kind"]: one for one in map(yaml.safe_load, files.values())}
+    del before["Kustomization"]
+    assert built.keys() == before.keys()
+    for kind, one in built.items():
+        meta, was = one["metadata"], before[kind]["metadata"]
+        assert (meta["name"], meta["namespace"]) == (was["name"], was["namespace"])
+        assert meta["labels"] == {**was["labels"], "team": "ops"}
+        assert meta["annotations"] == {**was["annotations"], "owner": "ml"}
+        if kind != "Deployment":
+            assert one.get("spec") == before[kind].get("spec")
+    spec, was = built["Deployment"]["spec"], before["Deployment"]["spec"]
+    assert spec["selector"] == was["selector"] == {"matchLabels": before["Service"]["spec"]["selector"]}
+    assert spec["template"]["metadata"]["labels"] == {**was["template"]["metadata"]["labels"], "team": "ops"}
+    (server,), (first,) = (one["template"]["spec"]["containers"] for one in (spec, was))
+    assert server["image"] == "mirror.example.test/titleshot:9"
+    assert server["command"] == first["command"]
+    assert {"name": "A", "value": "b"} in server["env"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which has kustomize in it, is not installed")
+def test_kustomize_breaks_what_docs_gitops_says_it_breaks(tmp_path: Path) -> None:
+    """Another prefix does not reach the route's backends; another namespace reaches neither fallbacks nor the route's
+    parent: those are settings."""
+    files = render(CLUSTER, version(), SERVING, CANARY, kustomize=True)
+    built = kustomized(tmp_path / "not", files, namePrefix="a-", namespace="staging")
+    spec = built["HTTPRoute"]["spec"]
+    assert built["Service"]["metadata"]["name"] == "a-flight-delay-v3"
+    assert {ref["name"] for rule in spec["rules"] for ref in rule["backendRefs"]} == {
+        "flight-delay-v2",
+        "flight-delay-v3",
+    }
+    assert spec["parentRefs"] == yaml.safe_load(files["flight-delay/httproute.yaml"])["spec"]["parentRefs"]
+    assert built["Deployment"]["metadata"]["namespace"] == "staging"
+    command = built["Deployment"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert "http://flight-delay-v{version}.models.svc:8080" in command
