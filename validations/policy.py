@@ -86,22 +86,29 @@ class Policy(Value):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         after = ""
-        for gate in self.gates:
+        for index, gate in enumerate(self.gates):
             if after and not gate.after_promote:
                 mend = "give it `when: after`" if isinstance(gate, Hook) else "put it before"
-                refuse(f"`{gate.kind}` comes after `{after}`, which follows the promotion, so it is last: {mend}")
+                refuse(
+                    f"`{gate.kind}` comes after `{after}`, which follows the promotion, so it is last: {mend}",
+                    "gates",
+                    index,
+                )
             if gate.after_promote:
                 after = gate.kind
         if isinstance(self.target, Waves) and not self._repeated(self.target):
             refuse(
                 f"no gate of this policy is of a kind in its target's `again` ({', '.join(self.target.again)}), so "
-                "further regions would prove nothing: add a canary, or name kinds that are there"
+                "further regions would prove nothing: add a canary, or name kinds that are there",
+                "target",
+                "again",
             )
         # A gate that bears an action's name would be taken for it: `rollback` for one that was done.
-        names = [ROLLBACK.name, *(step.name for step in self.plan())]
-        for name in names:
-            if names.count(name) > 1:
-                refuse(f"two steps are called '{name}': give one of the gates another `name`")
+        taken = {ROLLBACK.name: ROLLBACK}
+        for step in self.plan():
+            if (other := taken.setdefault(step.name, step)) is not step:
+                place = (other.gate if step.gate is None else step.gate) or 0
+                refuse(f"two steps are called '{step.name}': give one of the gates another `name`", "gates", place)
         return self
 
     def _repeated(self, waves: Waves) -> tuple[Gate, ...]:
@@ -200,7 +207,7 @@ def read(text: str, source: str = "policy") -> Policy:
         # An empty list behind a refused item is pydantic's echo of it.
         told = [e for e in error.errors() if e["type"] != "too_short"] or error.errors()
         first = min(told, key=lambda e: e["type"] != "extra_forbidden")
-        path = _path(first["loc"])
+        path = [*_path(first["loc"]), *first.get("ctx", {}).get("at", ())]
         more = f" (and {len(told) - 1} more)" if len(told) > 1 else ""
         message = _sentence(first, data)
         raise PolicyError(f"{source}:{place_of(tree, path)}{message}{more}") from error

@@ -48,9 +48,11 @@ def _rate(value: object) -> object:
     return float(match[1]) / _UNITS[match[2]]
 
 
-def refuse(message: str) -> object:
-    """Refuse a value while a policy is read; the message is what its author sees. Never returns."""
-    raise PydanticCustomError("titleshot", "{text}", {"text": message})
+def refuse(message: str, *at: int | str) -> object:
+    """Refuse a value while a policy is read; the message is what its author sees, and `at` the way from the value to
+    what it is about. Never returns.
+    """
+    raise PydanticCustomError("titleshot", "{text}", {"text": message, "at": at})
 
 
 Duration = Annotated[

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
+from deployments.exclusive import locked, transaction
 from deployments.target import Entry, Fence, Holder, LeaseHeld, StaleFence, TargetError, TargetUnavailable, Traffic
 
 _SCHEMA = """
@@ -78,17 +78,8 @@ class State:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         try:
-            with contextlib.closing(sqlite3.connect(self._path, timeout=30, isolation_level=None)) as db:
-                # No WAL: on a full disk it could not even be read.
-                db.execute("PRAGMA journal_mode=DELETE")
-                db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield db
-                except BaseException:
-                    if db.in_transaction:  # SQLite has ended it itself where the disk is full
-                        db.execute("ROLLBACK")
-                    raise
-                db.execute("COMMIT")
+            with transaction(self._path, 30) as db:
+                yield db
         except sqlite3.IntegrityError as error:
             raise TargetError(f"the state database {self._path} refuses a second use: {error}") from error
         except sqlite3.OperationalError as error:
@@ -160,24 +151,9 @@ class State:
             self.check(fence.model, fence)
             yield
 
-    @contextlib.contextmanager
-    def _guarded(self, model: str) -> Iterator[None]:
-        # A file lock ends with its process, however that ends.
-        path = self._path.parent / "run" / f"guard.{model}.lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path, timeout=GUARD_TIMEOUT)
-            lock.acquire()
-        except Timeout as error:
-            raise TargetUnavailable(
-                f"the last holder of {model} has been writing to the registry for {GUARD_TIMEOUT:g} s: is it stopped?"
-            ) from error
-        except OSError as error:
-            raise TargetUnavailable(f"{path}: {error}") from error
-        try:
-            yield
-        finally:
-            lock.release()
+    def _guarded(self, model: str) -> contextlib.AbstractContextManager[None]:
+        busy = f"the last holder of {model} has been writing to the registry for {GUARD_TIMEOUT:g} s: is it stopped?"
+        return locked(self._path.parent / "run" / f"guard.{model}.lock", GUARD_TIMEOUT, busy)
 
     def _check(self, db: sqlite3.Connection, model: str, fence: Fence) -> None:
         if fence.model != model:

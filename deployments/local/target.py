@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from filelock import FileLock, Timeout
 
 from deployments import runtimes
 from deployments.artifact import digest
+from deployments.exclusive import locked
 from deployments.local import envoy
 from deployments.local.gateway import Gateway
 from deployments.local.preview import Picture, differences
@@ -686,22 +686,10 @@ class LocalTarget:
 
     # --- details
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
         """One writer of the gateway's files at a time, whatever the model."""
         path = self.supervisor.run / "gateway.lock"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path, timeout=60)
-            lock.acquire()
-        except Timeout as error:
-            raise TargetUnavailable(f"somebody else has been changing the gateway for 60 s: {error}") from error
-        except OSError as error:
-            raise TargetUnavailable(f"{path}: {error}") from error
-        try:
-            yield
-        finally:
-            lock.release()
+        return locked(path, 60, f"somebody else has been changing the gateway for 60 s: {path} is locked")
 
     def _deployed(self, model: str, version: str) -> Deployed:
         for one in self._state.endpoints(model):
