@@ -11,9 +11,8 @@ from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from tasks import approve, flowruns, notify
+from tasks import approve, flowruns, history, notify
 from tasks.context import Context, Seen
-from tasks.history import slug
 from tasks.journal import Open, opened
 from tasks.progress import say
 from tasks.settings import Mistake, Settings
@@ -94,19 +93,19 @@ def approval(context: Context, promotion: Promotion, step: Step) -> Seen:
     """What people have decided. Raises `Awaiting` while they have not, with all live traffic back on the champion."""
     left = opened(context.target, context.model)
     assert left is not None
-    now, gate = datetime.now(UTC), approve.gate_of(promotion, step)
-    of = approve.subject(context, promotion, step)
+    now, gate, run_id = datetime.now(UTC), approve.gate_of(promotion, step), history.entry(promotion.id).run_id
+    of = approve.subject(context, promotion, step, run_id)
     until = now + gate.timeout if left.asked is None else left.asked.until
     evidence = decide(gate, left.ballots, of.digest, until, now)
     if evidence is not None:
-        approve.asks_no_more(promotion)
+        approve.asks_no_more(run_id)
         return Seen(dict(evidence.measurements), evidence.note, {"approval": approve.kept(left)})
     _champion_alone(context)
     asked, mine = left.asked, str(own_run() or "")
     answered = {ballot.round for ballot in left.ballots}
     if asked is None or asked.round in answered or asked.flow_run != mine:
-        asked = approve.ask(context, promotion, of, left, mine)
-    raise Awaiting(promotion, asked, approve.shown(context, promotion, asked, left.ballots))
+        asked = approve.ask(context, promotion, of, left, mine, run_id)
+    raise Awaiting(promotion, asked, approve.shown(context, promotion, asked, left.ballots, run_id))
 
 
 def hold(context: Context, promotion: Promotion, step: Step) -> None:
@@ -141,7 +140,8 @@ def wait_for_form(settings: Settings, waiting: Awaiting) -> Given:
     left = max(asked.until - datetime.now(UTC), timedelta(0)) + SLACK
     form = Form.with_initial_data(description=waiting.text)
     # A run that is retried may not suspend by a key that it had before; one that is resumed must.
-    key = f"{slug(asked.subject.step)}-{asked.round}-{_runs()}"
+    # A run that goes through several regions has a form in each.
+    key = f"{history.slug(f'{asked.region} {asked.subject.step}'.lstrip())}-{asked.round}-{_runs()}"
     try:
         given = suspend_flow_run(wait_for_input=form, timeout=int(left.total_seconds()), key=key)
     except Exception as error:  # noqa: BLE001 - whatever brought it here, it was not the form

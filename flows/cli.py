@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,7 @@ app = App(
 Json = Annotated[bool, Parameter(name="--json", negative=())]
 Flag = Annotated[bool, Parameter(negative=())]
 Many = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
+Region = Annotated[str | None, Parameter(show_default=False)]
 
 
 @app.command
@@ -82,9 +84,13 @@ def down() -> int:
 
 
 @app.command
-def status(*, json_: Json = False) -> int:
-    """Show what runs, what serves, and whether registry and traffic agree."""
-    found = _status()
+def status(*, region: Region = None, json_: Json = False) -> int:
+    """Show what runs, what serves, and whether registry and traffic agree.
+
+    Args:
+        region: Of models that are served in several regions, this one; every region otherwise.
+    """
+    found = _status(region)
     if json_:
         screens.as_json(found)
     else:
@@ -124,6 +130,7 @@ def promote(
     request: Flag = False,
     timeout: Annotated[str | None, Parameter(show_default=False)] = None,
     dry_run: Flag = False,
+    region: Region = None,
     json_: Json = False,
 ) -> int:
     """Take a challenger through the gates of a policy, to the champion's place or back.
@@ -139,8 +146,9 @@ def promote(
         request: Let the worker do it, and wait for nothing.
         timeout: With --wait: how long at most, like 2h; exit code 4 where people have not decided by then.
         dry_run: Show what would be created and changed, as a diff; nothing is touched.
+        region: Of the policy's regions this one alone, with all gates; region by region otherwise.
     """
-    settings = settings_of.load()
+    settings = _settings(region)
     if dry_run:
         return _dry_run(settings, model, policy, version, json_=json_)
     settings.connect()
@@ -153,6 +161,8 @@ def promote(
         "anew": anew,
     }
     if wait or request:
+        if region is not None:
+            raise Mistake("--region is for a promotion in this terminal: the worker goes region by region", WRONG_USE)
         return _request(settings, asked, wait=wait, timeout=timeout, json_=json_)
     if timeout is not None:
         raise Mistake("--timeout is for --wait: a promotion in this terminal takes its time", code=WRONG_USE)
@@ -186,8 +196,7 @@ def _dry_run(
         screens.as_json(data if "" not in found else data[0])
     else:
         for name, one in found.items():
-            if name:
-                out.print(f"[bold]region {escape(name)}[/]")
+            screens.print_region(name)
             screens.print_preview(one)
     return REFUSED if any(one.against for one in found.values()) else FINE
 
@@ -250,32 +259,41 @@ def _code(result: dict[str, Any]) -> int:
 
 
 @app.command
-def plan(model: str, /, *, policy: Path, rate: float | None = None, json_: Json = False) -> int:
+def plan(model: str, /, *, policy: Path, rate: float | None = None, region: Region = None, json_: Json = False) -> int:
     """Say what a promotion would need at the present traffic, and what it could see, before anything runs.
 
     Args:
         model: Name of the registered model.
         policy: The policy file.
         rate: Live requests per second to reckon with; those of the last hour otherwise.
+        region: Of the policy's regions this one; all of them otherwise.
     """
-    settings = settings_of.load()
+    settings = _settings(region)
     settings.connect()
     from tasks import plan as planning
     from tasks import registry
     from tasks.policies import read_policy
     from tasks.targets import settings_target
+    from validations.waves import Waves
 
     if rate is not None and rate <= 0:
         raise Mistake(f"--rate {rate:g}: requests per second are more than 0", code=WRONG_USE)
     registry.versions(model)
     _, asked = read_policy(policy, model)
-    steps = planning.plan(settings_target(settings), asked, registry.aliased(model, registry.CHAMPION), rate)
-    took = planning.usual(model)
+    waves = asked.target.regions if isinstance(asked.target, Waves) else ()
+    found, took = {}, planning.usual(model)
+    for name in (settings.region or "",) if settings.region or not waves else waves:
+        with settings_of.within(name):
+            target, part = settings_target(settings_of.load()), asked.in_region(further=name in waves[1:])
+            found[name] = planning.plan(target, part, registry.aliased(model, registry.CHAMPION), rate)
     if json_:
-        screens.as_json(planning.as_json(steps, took, policy))
+        data = [{"region": name, **planning.as_json(steps, took, policy)} for name, steps in found.items()]
+        screens.as_json(data if len(data) > 1 else data[0])
     else:
-        screens.print_plan(steps, took)
-    return FINE if all(step.decidable for step in steps) else REFUSED
+        for name, steps in found.items():
+            screens.print_region(name)
+            screens.print_plan(steps, took)
+    return FINE if all(step.decidable for steps in found.values() for step in steps) else REFUSED
 
 
 @app.command
@@ -287,6 +305,7 @@ def render(
     policy: Path | None = None,
     output: Path | None = None,
     kustomize: Flag = False,
+    region: Region = None,
 ) -> int:
     """Write the objects by which a cluster serves a version, as YAML; nothing is changed anywhere.
 
@@ -296,15 +315,18 @@ def render(
         policy: A policy file, whose `target` says which kind of objects; a Deployment and what belongs to it otherwise.
         output: The folder for the files; they are printed otherwise.
         kustomize: A kustomization.yaml besides, which names all files of the folder.
+        region: The cluster of this region.
     """
-    settings = settings_of.load()
+    settings = _settings(region)
     settings.connect(needed=("MLflow",))
     from tasks import rendering
     from tasks.policies import read_policy
+    from tasks.progress import listening
 
     place = None if policy is None else read_policy(policy, model)[1].place
     there = [] if output is None else [str(path.relative_to(output)) for path in output.rglob("*.yaml")]
-    files = rendering.render(settings, model, version, place, kustomize=kustomize, beside=there)
+    with listening(screens.say):
+        files = rendering.render(settings, model, version, place, kustomize=kustomize, beside=there)
     if output is None:
         sys.stdout.write("---\n".join(files.values()))
         return FINE
@@ -341,21 +363,29 @@ def replay(promotion: str, /, *, policy: Path | None = None, days: int = 365, js
 
 
 @app.command
-def probe(model: str | None = None, /, *, requests: int = 5, slow_ms: float | None = None, json_: Json = False) -> int:
+def probe(
+    model: str | None = None,
+    /,
+    *,
+    requests: int = 5,
+    slow_ms: float | None = None,
+    region: Region = None,
+    json_: Json = False,
+) -> int:
     """Ask every deployed version, through the gateway, its stored example; say who does not answer, or is slow.
 
     Args:
         model: Name of the registered model; all that are served otherwise.
         requests: How many requests each version gets, one after the other.
         slow_ms: A median above this many milliseconds is a problem; nothing is too slow otherwise.
+        region: Of models that are served in several regions, this one; every region otherwise.
     """
-    settings = settings_of.load()
+    settings = _settings(region)
     from tasks import probe as asking
-    from tasks.targets import settings_target
+    from tasks.targets import everywhere
 
-    target = settings_target(settings)
-    _refuse_down(settings, target.up())
-    found = asking.as_dict(asking.probe(settings, target, model, requests=requests, slow_ms=slow_ms))
+    _refuse_down(settings, any(target.up() for _, target in everywhere(settings)))
+    found = asking.as_dict(asking.everywhere(settings, model, requests=requests, slow_ms=slow_ms))
     if json_:
         screens.as_json(found)
     else:
@@ -392,19 +422,22 @@ def labels(promotion: str, file: Path, /, *, policy: Path | None = None, json_: 
 
 
 @app.command
-def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> int:
+def rollback(model: str, /, *, reason: str = "by hand", region: Region = None, json_: Json = False) -> int:
     """Give all traffic, and the alias, back to the previous champion.
 
     Args:
         model: Name of the registered model.
         reason: Kept in the history and on the version that loses its place.
+        region: This region alone, of several; all that have the version which came last otherwise, newest wave first.
     """
-    settings = settings_of.load()
+    settings = _settings(region)
     settings.connect(needed=())
     from tasks import swap
     from tasks.progress import listening
-    from tasks.targets import settings_target
+    from tasks.targets import regions_of, settings_target
 
+    if names := regions_of(settings, model):
+        return _rollback_everywhere(settings, model, reason, names, json_=json_)
     target = settings_target(settings)
     _refuse_down(settings, target.up())
     with listening(screens.say):
@@ -414,44 +447,73 @@ def rollback(model: str, /, *, reason: str = "by hand", json_: Json = False) -> 
         from flows.rollback import run
 
         if settings.answers(settings.prefect):
-            result = flow(model=model, reason=reason, ordered=ordered)
+            result = flow(model=model, reason=reason, ordered=ordered, region=settings.region or "")
         else:
             screens.say("Prefect does not answer: this rollback has no flow run")
             result = run(model, reason, ordered)
     if json_:
         screens.as_json(result)
-    elif result["phase"] == "rolled back":
-        out.print(f"{model}: [bold]v{result['to']}[/] is champion again: {escape(result['why'])}")
     else:
-        out.print(f"{model}: [bold magenta]degraded[/], look at `titleshot status`: {escape(result['why'])}")
+        screens.print_rollback(model, {"region": settings.region or "", **result})
+    return FINE if result["phase"] == "rolled back" else ERROR
+
+
+def _rollback_everywhere(
+    settings: settings_of.Settings, model: str, reason: str, names: dict[str, str], *, json_: bool
+) -> int:
+    from tasks import regions
+    from tasks.progress import listening
+
+    with listening(screens.say):
+        # All regions have their traffic back before anything that takes seconds to import, or that may not answer.
+        ordered = regions.order(model, names, reason)
+        from flows.rollback import everywhere, run
+        from flows.rollback import rollback as flow
+
+        def one(name: str, of: str) -> dict[str, Any]:
+            return flow(model=model, reason=reason, ordered=of, region=name)
+
+        answers = settings.answers(settings.prefect)
+        if not answers:
+            screens.say("Prefect does not answer: this rollback has no flow run")
+        result = everywhere(model, reason, ordered, one if answers else lambda _, of: run(model, reason, of))
+    if json_:
+        screens.as_json(result)
+    else:
+        for each in result["regions"]:
+            screens.print_rollback(model, each)
     return FINE if result["phase"] == "rolled back" else ERROR
 
 
 @app.command
-def recover(model: str | None = None, /, *, json_: Json = False) -> int:
+def recover(model: str | None = None, /, *, region: Region = None, json_: Json = False) -> int:
     """Bring promotions to their end that their process left behind: forward or back, by the journal.
 
     Traffic follows an alias champion that was moved by hand in MLflow where the model's policy says `follow_alias`.
 
     Args:
         model: Name of the registered model; all of them otherwise.
+        region: Of models that are served in several regions, this one; every region otherwise.
     """
-    settings = settings_of.load()
+    settings = _settings(region)
     settings.connect(needed=())
     from tasks.progress import listening
     from tasks.targets import everywhere
 
     _refuse_down(settings, any(target.up() for _, target in everywhere(settings)))
-    done, known = list[dict[str, Any] | None](), False
+    done, known, failed = list[dict[str, Any] | None](), False, list[Mistake | TargetError]()
     with listening(screens.say):
         from flows.recover import follow
         from flows.recover import recover as bring
 
         for own, target in everywhere(settings):
-            there = [name for name in target.models() if model in (None, name)]
-            known = known or bool(there)
-            done += [bring(own, name, own.lease_seconds + 5) or follow(own, name) for name in there]
-    if model is not None and not known:
+            try:
+                there = [name for name in target.models() if model in (None, name)]
+                known = known or bool(there)
+                done += [bring(own, name, own.lease_seconds + 5) or follow(own, name) for name in there]
+            except (Mistake, TargetError) as error:  # other places are looked after all the same
+                failed.append(error)
+    if model is not None and not known and not failed:
         raise Mistake(f"{model} is not served here: `titleshot status` lists what is", code=WRONG_USE)
     ended = [one for one in done if one is not None]
     if json_:
@@ -459,8 +521,12 @@ def recover(model: str | None = None, /, *, json_: Json = False) -> int:
     else:
         for one in ended:
             out.print(f"{one['promotion']}: [{STYLES.get(one['phase'], '')}]{one['phase']}[/]  {escape(one['why'])}")
-        if not ended:
+        if not ended and not failed:
             out.print("nothing was left behind")
+    for other in failed[:-1]:
+        err.print(escape(f"titleshot: {other}"), style="red")
+    if failed:
+        raise failed[-1]
     return ERROR if any(one["phase"] == "degraded" for one in ended) else FINE
 
 
@@ -516,40 +582,30 @@ def due(*, json_: Json = False) -> int:
 
 
 @app.command
-def serve(model: str, /, *, warm: int | None = None, json_: Json = False) -> int:
+def serve(model: str, /, *, warm: int | None = None, region: Region = None, json_: Json = False) -> int:
     """Keep versions of a model loaded, so that a promotion to one of them or back loads nothing; or show which are.
 
     Args:
         model: Name of the registered model.
         warm: How many: champion, previous, challenger, then the newest; 0 keeps the first two alone. Each is a process.
+        region: Of a model that is served in several regions, this one; to show them all are looked at otherwise.
     """
-    settings = settings_of.load()
+    settings = _settings(region)
     if warm is not None:
         settings.connect(needed=("MLflow",))
     from tasks import pool
     from tasks.progress import listening
     from tasks.targets import settings_target
 
-    target, left_out = settings_target(settings), {}
-    _refuse_down(settings, target.up())
-    if warm is not None:
-        with listening(screens.say):
-            left_out = pool.serve(settings, target, model, warm)
-    found = pool.look(target, model)
-    if json_:
-        screens.as_json({**found, "left_out": left_out})
-        return FINE
-    out.print(f"[bold]{model}[/]  POST {found['gateway']}/invocations")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("version", "role", "state", "pid", "memory"):
-        table.add_column(column)
-    for one in found["versions"]:
-        memory = "" if one["megabytes"] is None else f"{one['megabytes']} MB"
-        state = f"[{STYLES.get(one['state'], 'red')}]{one['state']}[/]"
-        table.add_row(f"v{one['version']}", escape(one["role"]), state, str(one["pid"] or ""), memory)
-    out.print(table)
-    out.print(pool.summary(found))
-    return FINE
+    def one(own: settings_of.Settings) -> dict[str, Any]:
+        target, left_out = settings_target(own), {}
+        _refuse_down(own, target.up())
+        if warm is not None:
+            with listening(screens.say):
+                left_out = pool.serve(own, target, model, warm)
+        return {**pool.look(target, model), "left_out": left_out}
+
+    return _in_each(settings, model, one, screens.print_pool, acts=warm is not None, json_=json_)
 
 
 @app.command
@@ -564,6 +620,7 @@ def route(
     priority: str | None = None,
     fallback: str | None = None,
     clear: Many = (),
+    region: Region = None,
     json_: Json = False,
 ) -> int:
     """Show what the gateway obeys, or change what is asked of live traffic besides weights; versions may be aliases.
@@ -577,30 +634,71 @@ def route(
         priority: HEADER=VALUE: requests that are taken before others.
         fallback: The version that answers what champion and previous champion both fail.
         clear: What to take away first: pins, sticky, limits, priority, fallback, all.
+        region: Of a model that is served in several regions, this one; to show them all are looked at otherwise.
     """
-    settings = settings_of.load()
+    settings = _settings(region)
     from tasks import shape
     from tasks.targets import settings_target
 
     words: dict[str, Any] = {"sticky": sticky, "limit": limit, "priority": priority, "fallback": fallback}
     asked = shape.read(pin=pin, unpin=unpin, clear=clear, **words)
     settings.connect(needed=())
-    target = settings_target(settings)
-    _refuse_down(settings, target.up())
-    traffic = shape.route(target, model, asked) if asked.anything else shape.obeyed(target, model)
+    traffic: Any = None
+
+    def one(own: settings_of.Settings) -> dict[str, Any]:
+        nonlocal traffic
+        target = settings_target(own)
+        _refuse_down(own, target.up())
+        traffic = shape.route(target, model, asked) if asked.anything else shape.obeyed(target, model)
+        return shape.as_json(traffic, target.gateway(model))
+
+    def show(found: dict[str, Any]) -> None:
+        screens.print_route(traffic, found["gateway"])
+
+    return _in_each(settings, model, one, show, acts=asked.anything, json_=json_)
+
+
+def _settings(region: str | None) -> settings_of.Settings:
+    """The settings in force; those of a region where one is meant. Raises `Mistake` for one that is not."""
+    if region is not None:
+        settings_of.mean(region)
+    settings = settings_of.load()
+    if settings.region is not None and settings.clusters_file is not None:  # to approve from anywhere takes no file
+        from tasks.clusters import cluster
+
+        cluster(settings)
+    return settings
+
+
+def _in_each(
+    settings: settings_of.Settings,
+    model: str,
+    one: Callable[[settings_of.Settings], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+    *,
+    acts: bool,
+    json_: bool,
+) -> int:
+    """Show what `one` finds where a model is served, region by region where that is in several. Raises `Mistake` where
+    it `acts`, and has several to choose from.
+    """
+    from tasks.targets import regions_of
+
+    names = regions_of(settings, model)
+    if acts and len(names) > 1:
+        raise Mistake(f"{model} is served in {', '.join(names)}: say which is meant with --region", code=WRONG_USE)
+    found = list[dict[str, Any]]()
+    for name, why in (names or {"": ""}).items():
+        with settings_of.within(name or settings.region or ""):
+            found.append({"problem": why} if why else one(settings_of.load()))
+        if not json_:
+            out.print(end="\n" if found[1:] else "")
+            screens.print_region(name)
+            screens.print_problem(why) if why else show(found[-1])
     if json_:
-        screens.as_json(shape.as_json(traffic, target.gateway(model)))
-        return FINE
-    out.print(f"[bold]{model}[/]  POST {target.gateway(model)}/invocations")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("requests", "share", "answered by"):
-        table.add_column(column)
-    for row in shape.rows(traffic):
-        table.add_row(*map(escape, row))
-    out.print(table)
-    for note in shape.notes(traffic):
-        out.print(escape(note))
-    return FINE
+        data = [{"region": name, **each} for name, each in zip(names, found, strict=True)] if names else found[0]
+        screens.as_json(data)
+    return ERROR if any(names.values()) else FINE
 
 
 webhook = App(name="webhook", help="MLflow's webhook, by which registry events start promotions.")
@@ -661,29 +759,32 @@ def _refuse_down(settings: settings_of.Settings, up: bool) -> None:  # noqa: FBT
 
 
 @app.command
-def history(model: str, /, *, json_: Json = False) -> int:
+def history(model: str, /, *, region: Region = None, json_: Json = False) -> int:
     """List the promotions and rollbacks of a model, newest first.
 
     Args:
         model: Name of the registered model.
+        region: Of a model that is served in several regions, this one; every region otherwise.
     """
-    settings_of.load().connect()
+    settings = _settings(region)
+    settings.connect()
     from tasks import history as record
     from tasks import registry
 
     registry.versions(model)
-    found = record.entries(model)
+    found = [e for e in record.entries(model) if settings.region in (None, e.region)]
     if json_:
         screens.as_json([dataclasses.asdict(entry) for entry in found])
         return FINE
     for e in found:
         way = f"v{e.champion} -> v{e.challenger}" if e.champion else f"v{e.challenger}"
+        way += f" in {e.region}" if e.region else ""
         at = f" at {e.step}" if e.step else ""
         style, began = STYLES.get(e.phase, ""), f"{e.started:%Y-%m-%d %H:%M} UTC"
         out.print(f"[bold]{e.id}[/]  {way}  [{style}]{e.phase}[/]{at}  [dim]{began}[/]")
         out.print(f"    {escape(e.why)}")
     if not found:
-        out.print(f"{model} has no promotions yet")
+        out.print(f"{model} has no promotions yet" + (f" in {settings.region}" if settings.region else ""))
     return FINE
 
 
@@ -853,6 +954,7 @@ def approve(
     reject: Flag = False,
     comment: str = "",
     token_only: Flag = False,
+    region: Region = None,
     json_: Json = False,
 ) -> int:
     """Say yes or no to a promotion that waits for people; without --by, list what waits.
@@ -865,8 +967,9 @@ def approve(
         reject: Say no.
         comment: Kept in the history.
         token_only: Do not hand it in: print the token, for the form's field `code`.
+        region: What waits in this region; whatever waits otherwise.
     """
-    settings = settings_of.load()
+    settings = _settings(region)
     _refuse_unsaid(by, code, key, any_=reject or bool(comment) or token_only)
     if token_only and key is None:
         raise Mistake("--token-only prints a token, which a key signs: --key FILE", code=WRONG_USE)
@@ -876,8 +979,10 @@ def approve(
     from tasks.approve import pending
 
     waiting = [one for one in pending(settings) if promotion in (None, one.subject.promotion)]
+    waiting = [one for one in waiting if settings.region in (None, one.region)]
     if promotion is not None and not waiting:
-        raise Mistake(f"{promotion} does not wait for anybody: `titleshot approve` lists what does")
+        where = f" in {settings.region}" if settings.region else ""
+        raise Mistake(f"{promotion} does not wait for anybody{where}: `titleshot approve` lists what does")
     if by is None:
         screens.print_waiting(settings, waiting, json_=json_)
         return FINE
@@ -1029,9 +1134,10 @@ def _ended(settings: settings_of.Settings, model: str, begun: float, error: Exce
     from flows.drive import outcome
     from tasks import history
     from tasks.journal import agreed
-    from tasks.targets import settings_target
+    from tasks.targets import everywhere
 
-    last = agreed(settings_target(settings), model)
+    ends = [last for _, target in everywhere(settings) if (last := agreed(target, model)) is not None]
+    last = max(ends, key=lambda one: one.at, default=None)
     if last is None or last.at < begun:
         raise error
     screens.say(f"Prefect does not answer at {settings.prefect}: its flow run does not show how this ended")
@@ -1041,28 +1147,34 @@ def _ended(settings: settings_of.Settings, model: str, begun: float, error: Exce
 def _mend() -> None:
     from tasks.lookout import leftovers
     from tasks.progress import listening
-    from tasks.status import status as look
+    from tasks.status import models_of
+    from tasks.targets import PATIENCE, everywhere
 
     settings = settings_of.load()
     with listening(screens.say):
-        for one in look(settings)["models"]:
-            if one["problems"]:
-                from flows.recover import mend
+        for own, target in everywhere(settings, patience=PATIENCE):
+            for one in models_of(own, target) if target.up() else ():
+                if one["problems"]:
+                    from flows.recover import mend
 
-                for words in mend(settings, one["model"], settings.lease_seconds + 5):
-                    out.print(f"[green]mended[/] {escape(words)}")
+                    for words in mend(own, one["model"], own.lease_seconds + 5):
+                        out.print(f"[green]mended[/] {escape(words)}")
     for words in leftovers(settings, mend=True):
         out.print(f"[green]cleaned[/] {escape(words)}")
 
 
-def _status() -> dict[str, Any]:
+def _status(region: str | None = None) -> dict[str, Any]:
     from tasks.status import status as look
 
-    return look(settings_of.load())
+    return look(_settings(region))
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line. Returns the exit code; a user's mistake is one line on stderr."""
+    return copy_context().run(_run, arguments)  # the region that it means is meant until its end
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:

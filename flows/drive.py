@@ -93,7 +93,7 @@ def carry(
         if left is None:
             pen.tell(promotion)
             _name_challenger(context)
-            _announce(context, promotion, "started")
+            _announce(context, promotion, pen.record.run_id, "started")
         elif stopped := _stops(context, promotion, left, ended, resuming=resuming):
             promotion = promotion.record(stopped)
             pen.save(promotion)
@@ -117,16 +117,16 @@ def carry(
     asks = opened(context.target, context.model)
     patiently(lambda: _close(context, promotion, pen.record), ended_as)
     say(f"{promotion.id}: {promotion.phase.value}")
-    _announce(context, promotion, cast("notify.Kind", promotion.phase.value))
+    _announce(context, promotion, pen.record.run_id, cast("notify.Kind", promotion.phase.value))
     if asks is not None:
         let_go(context.settings, asks, promotion.phase.value)
     return promotion
 
 
-def _announce(context: Context, promotion: Promotion, kind: notify.Kind) -> None:
+def _announce(context: Context, promotion: Promotion, run_id: str, kind: notify.Kind) -> None:
     """Tell whom it concerns; no promotion fails by it."""
     with suppress(Exception):
-        page = history.page(history.entry(promotion.id), context.settings.mlflow_page)
+        page = history.page(run_id, context.settings.mlflow_page)
         notify.tell(context.settings, notify.of(kind, promotion, page))
 
 
@@ -316,7 +316,7 @@ def _close(context: Context, promotion: Promotion, record: history.Record) -> No
     history.describe(record.run_id, f"{report.markdown(promotion)}\n\n[The version]({links['version']})")
     history.finish(record.run_id)
     if _approvals(promotion):
-        approve.asks_no_more(promotion)
+        approve.asks_no_more(record.run_id)
     if context.champion is not None and context.champion.recorded:
         digests[context.champion.number] = context.champion.recorded
     # What is written is what serves, should that be another version after a rollback that failed.

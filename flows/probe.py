@@ -8,7 +8,6 @@ from pydantic import Field
 from tasks import probe as asking
 from tasks.progress import listening
 from tasks.settings import load as load_settings
-from tasks.targets import settings_target
 
 
 @flow(name="probe", persist_result=False, retries=0)
@@ -33,9 +32,7 @@ def probe(
     settings = load_settings()
     settings.connect(needed=())
     with listening(logger.info):
-        found = asking.as_dict(
-            asking.probe(settings, settings_target(settings), model, requests=requests, slow_ms=slow_ms)
-        )
+        found = asking.as_dict(asking.everywhere(settings, model, requests=requests, slow_ms=slow_ms))
     for problem in found["problems"]:
         logger.warning(problem)
     return found

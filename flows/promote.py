@@ -18,6 +18,7 @@ from flows.approval import Awaiting, Given, Held
 from flows.drive import carry, flow_run_tags, outcome
 from tasks import approve, history, pool, preview, registry, triggers
 from tasks.agreement import leased, leased_soon
+from tasks.clusters import clusters
 from tasks.context import Contender, Context
 from tasks.journal import Open, opened
 from tasks.policies import policy_of, read_policy
@@ -25,7 +26,7 @@ from tasks.progress import listening, say
 from tasks.settings import Mistake, Settings, region, within
 from tasks.settings import load as load_settings
 from tasks.targets import choose, settings_target
-from validations.policy import Policy
+from validations.policy import Policy, read
 from validations.promotion import Promotion
 from validations.waves import Place, Waves
 
@@ -56,6 +57,10 @@ class Asks:
     promotion: str | None = None
     further: bool = False
     """Whether it is a further region's, where only some gates are repeated."""
+    elsewhere: tuple[str, ...] = ()
+    """The other regions that it goes through."""
+    text: str = ""
+    """The policy as it was when a promotion began that waits in a region; `policy` then says where its paths begin."""
 
 
 def _run_name() -> str:
@@ -132,22 +137,42 @@ def run(asks: Asks) -> dict[str, Any]:
 
 def _everywhere(settings: Settings, asks: Asks) -> dict[str, Any]:
     """Where the model is served, be it one place or one region after the other."""
+    asks = _as_asked(settings, asks)
     waves = _policy(settings, asks)[2].target if asks.policy or asks.promotion is None else _waves(settings, asks.model)
     if not isinstance(waves, Waves):
         return _here(settings, asks)
     if asks.trigger != "hand" and (asks.version or registry.aliased(asks.model, registry.CHALLENGER)) is None:
         return _nothing(asks, "there is no challenger")
-    number = _challenger(asks.model, asks.version, None).number
+    number, begun = _challenger(asks.model, asks.version, None).number, False
 
-    def one(further: bool) -> dict[str, Any]:  # noqa: FBT001 - the one thing that it is told
+    def one(further: bool, others: tuple[str, ...]) -> dict[str, Any]:  # noqa: FBT001 - the first thing that it is told
+        nonlocal begun
         own = load_settings()
         left = opened(settings_target(own), asks.model)
         mine = asks.promotion if left is not None and left.id == asks.promotion else None
-        # What asked for it asked for all regions: a further one is not handled before.
-        trigger: Trigger = "hand" if further else asks.trigger
-        return _here(own, replace(asks, version=number, promotion=mine, further=further, trigger=trigger))
+        # Once one region has it, that another cannot begin must be seen.
+        trigger: Trigger = "hand" if begun else asks.trigger
+        here = replace(asks, version=number, promotion=mine, further=further, elsewhere=others, trigger=trigger)
+        result, begun = _here(own, here), True
+        return result
 
     return regions.promote(waves, asks.model, number, one)
+
+
+def _as_asked(settings: Settings, asks: Asks) -> Asks:
+    """Of a run that goes on with a promotion which waits in a region, or with what it has begun in a further one since:
+    what that was asked for, with which the regions to come go on too.
+    """
+    first = "" if asks.promotion is None else history.entry(asks.promotion).region
+    me = str(approval.own_run() or "")
+    for name in dict.fromkeys([first, *(one.name for one in clusters(settings) if one.region)]) if first else ():
+        with within(name):
+            left = opened(settings_target(load_settings()), asks.model)
+        if left is None or left.promotion is None or (left.id != asks.promotion and left.flow_run != (me or None)):
+            continue
+        asks = replace(asks, policy=Path(left.base, "policy.yaml"), text=left.policy_text, promotion=left.id)
+        return replace(asks, version=left.promotion.challenger, requester=left.requester)
+    return asks
 
 
 def _waves(settings: Settings, model: str) -> Place | Waves:
@@ -231,12 +256,13 @@ def _begin(settings: Settings, target: ServingTarget, asks: Asks) -> dict[str, A
     try:
         with leased(target, model, identifier) as fence:
             recover.finish(settings, target, model, fence)
-            _refuse_busy(target, model)
+            _refuse_busy(target, model, asks.elsewhere)
             champion = registry.aliased(model, registry.CHAMPION)
             # Another promotion may have ended since we looked.
             registered = _challenger(model, registered.number, champion)
             challenger = prepare.contender(registered, settings)
-            if by_itself and (before := triggers.handled(model, challenger.number, challenger.digest, target)):
+            before = by_itself and triggers.handled(model, challenger.number, challenger.digest, target)
+            if before and not asks.further:  # what asked for the first region asked for all of them
                 say(f"{registered.name}: {before}")
                 return _nothing(asks, before)
             if not asks.again and (why := _quarantined(challenger)):
@@ -349,9 +375,11 @@ def _ended(name: str) -> dict[str, Any]:
     return outcome(history.stored(history.entry(name).run_id))
 
 
-def _refuse_busy(target: ServingTarget, model: str) -> None:
+def _refuse_busy(target: ServingTarget, model: str, elsewhere: tuple[str, ...]) -> None:
     other = opened(target, model)
     if other is None:
+        if busy := regions.busy(model, elsewhere):
+            raise Busy(f"{busy}: one promotion of a model goes through its regions at a time")
         return
     what = f"{other.id} is {other.promotion.phase.value}" if other.promotion else f"{other.id} is under way"
     if other.held:
@@ -373,6 +401,8 @@ def _nothing(asks: Asks, why: str) -> dict[str, Any]:
 
 
 def _policy(settings: Settings, asks: Asks) -> tuple[Path, str, Policy]:
+    if asks.policy is not None and asks.text:
+        return asks.policy, asks.text, _part(read(asks.text, asks.policy.name), asks)
     found = policy_of(settings, asks.model)
     if asks.policy is not None:
         if found is not None and approval.can_suspend() and asks.policy.resolve() != found[0].resolve():

@@ -12,7 +12,7 @@ from deployments.target import Fence, LeaseHeld, ServingTarget, StaleFence, Targ
 from flows.drive import carry, flow_run_tags, outcome
 from tasks import flowruns, history, moved, notify, pool, registry, swap
 from tasks.agreement import leased, leased_soon, patiently
-from tasks.context import Contender, Context
+from tasks.context import Contender, Context, Seen
 from tasks.journal import BY_HAND, Journal, Open, agreed, opened
 from tasks.observe import Notebook
 from tasks.progress import say
@@ -98,14 +98,18 @@ def finish(
     return outcome(carry(context, left.promotion, left.policy_text, left.tags or {}, left, ended))
 
 
+def _told(context: Context) -> Seen:
+    try:
+        return swap.tell(context)
+    except (registry.Moved, TargetError) as error:
+        return swap.failed(str(error))
+
+
 def _rolled_back(context: Context, left: Open) -> dict[str, Any]:
     """Let registry, record and journal follow a rollback by hand, whose traffic has moved or moves now."""
     model = context.model
     swap.back(context.settings, context.target, model, context.fence, left.reason)
-    try:
-        seen = swap.tell(context)
-    except (registry.Moved, TargetError) as error:
-        seen = swap.failed(str(error))
+    seen = _told(context)
     verdict = judge(ROLLBACK.name, ACTIONS["rollback"], seen.evidence())
     passed = verdict.outcome is Outcome.PASSED
     phase = "rolled back" if passed else "degraded"
@@ -230,10 +234,7 @@ def _followed(context: Context, left: Open) -> dict[str, Any]:
     if traffic is None or traffic.champion != left.to:
         swap.stays(target, model, context.fence, left)
         return {**ends, "phase": "interrupted", "why": f"it ended before traffic moved: v{left.of} serves as before"}
-    try:
-        seen = swap.tell(context)
-    except (registry.Moved, TargetError) as error:
-        seen = swap.failed(str(error))
+    seen = _told(context)
     verdict = judge("promote", ACTIONS["promote"], seen.evidence())
     passed = verdict.outcome is Outcome.PASSED
     phase, why = ("promoted", left.reason) if passed else ("degraded", verdict.why)

@@ -1,6 +1,5 @@
 """A promotion through several regions, wave by wave: each region's own promotion, and the way back of those before."""
 
-import secrets
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -8,18 +7,18 @@ from typing import Any
 from deployments.target import TargetError
 from flows import rollback
 from tasks import registry
-from tasks.agreement import leased
 from tasks.clusters import cluster
 from tasks.journal import opened
 from tasks.progress import say
+from tasks.regions import look, name_everywhere
 from tasks.settings import Mistake, Settings, within
 from tasks.settings import load as load_settings
 from tasks.targets import settings_target
 from validations.waves import Waves
 
-Promote = Callable[[bool], dict[str, Any]]
-"""Promotes in the region that is meant; told whether it is a further one than the first. Returns what a promotion
-does.
+Promote = Callable[[bool, tuple[str, ...]], dict[str, Any]]
+"""Promotes in the region that is meant; told whether it is a further one than the first, and which the others are.
+Returns what a promotion does.
 """
 
 
@@ -41,17 +40,44 @@ def promote(waves: Waves, model: str, number: str, one: Promote) -> dict[str, An
                 came.append({"region": name, "phase": "promoted", "promotion": ""})
                 continue
             say(f"region {name}")
-            result = one(name != regions[0])
+            result = one(name != regions[0], tuple(other for other in regions if other != name))
         came.append({"region": name, "phase": result["phase"], "promotion": result["promotion"]})
         if result["phase"] != "promoted":
             promoted = tuple(each["region"] for each in came if each["phase"] == "promoted")
             if result["phase"] in ("rejected", "rolled back", "degraded"):
-                _back(model, waves.go_back(name, promoted), f"v{number} was {result['phase']} in {name}", came)
+                why = f"v{number} was {result['phase']} in {name}"
+                _back(model, number, waves.go_back(name, promoted), why, came)
             return {**result, "region": name, "regions": came}
-    _everywhere(model, number, reigned, regions[-1])
+    if gone := [name for name in regions if not _stayed(model, number, name)]:
+        why = f"{', '.join(gone)} went back from v{number} meanwhile: the alias champion stays where it is"
+        if not result:
+            raise Mistake(why)
+        came = [{**each, "phase": "rolled back"} if each["region"] in gone else each for each in came]
+        return {**result, "phase": "rolled back", "why": why, "regions": came}
+    name_everywhere(model, number, reigned, regions[-1])
     if not result:
         raise Mistake(f"{model} v{number} is the champion of every region already: there is nothing to promote", code=2)
     return {**result, "regions": came}
+
+
+def busy(model: str, names: tuple[str, ...]) -> str:
+    """What else is under way with `model` in one of these regions; empty where nothing is. Asked under the lease of the
+    region where a promotion is about to begin, so that of two that begin at once no two go on.
+    """
+    for name in names:
+        with within(name):
+            target = settings_target(load_settings())
+            if (left := opened(target, model)) is not None:
+                return f"{left.id} is under way in the region {name}"
+            holder = target.holder(model)
+            if holder is not None and holder.left > 0:
+                return f"{model} is held by {holder.name} in the region {name}"
+    return ""
+
+
+def _stayed(model: str, number: str, name: str) -> bool:
+    now = look(model, name)
+    return now.serves == number and now.left is None
 
 
 def _kept_out(settings: Settings, waves: Waves, model: str) -> tuple[str, ...]:
@@ -78,28 +104,16 @@ def _has(model: str, number: str) -> bool:
     return opened(settings_target(load_settings()), model) is None
 
 
-def _back(model: str, names: tuple[str, ...], why: str, came: list[dict[str, str]]) -> None:
+def _back(model: str, number: str, names: tuple[str, ...], why: str, came: list[dict[str, str]]) -> None:
     for name in names:
         say(f"region {name} goes back: {why}")
         with within(name):
             try:
-                phase = str(rollback.run(model, why)["phase"])
+                gone = look(model, name).serves != number  # by somebody's hand: it must not swing back
+                phase = "rolled back" if gone else str(rollback.run(model, why)["phase"])
             except (Mistake, TargetError) as error:  # the other regions go back all the same
                 say(f"region {name} does not go back: {error}")
                 phase = "degraded"
         for each in came:
             if each["region"] == name:
                 each["phase"] = phase
-
-
-def _everywhere(model: str, number: str, reigned: str | None, last: str) -> None:
-    """Let the alias champion name what every region's champion is; the last region's lease keeps others away."""
-    with within(last):
-        target = settings_target(load_settings())
-        with leased(target, model, f"{model} v{number} everywhere ({secrets.token_hex(2)})") as fence, within(""):
-            registry.move(model, registry.CHAMPION, number, of=(reigned,), guard=target.guard(fence))
-            if reigned not in (None, number):
-                before = registry.aliased(model, registry.PREVIOUS)
-                registry.move(model, registry.PREVIOUS, reigned, of=(before,), guard=target.guard(fence))
-            if registry.aliased(model, registry.CHALLENGER) == number:
-                registry.move(model, registry.CHALLENGER, None, of=(number,), guard=target.guard(fence))

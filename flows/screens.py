@@ -81,6 +81,62 @@ def _print_model(model: dict[str, Any]) -> None:
         out.print(f"  [red]{escape(problem)}[/]")
 
 
+def print_region(name: str) -> None:
+    """Of which region the next lines are; nothing of a model that is served in one place."""
+    if name:
+        out.print(f"[bold]region {escape(name)}[/]")
+
+
+def print_problem(text: str) -> None:
+    """What is not as it should be."""
+    out.print(f"[red]{escape(text)}[/]")
+
+
+def print_rollback(model: str, one: dict[str, Any]) -> None:
+    """What a rollback came to, in one place or in one region."""
+    name = escape(f"{model} in {one['region']}" if one["region"] else model)
+    why = escape(one["why"])
+    if one["phase"] in ("rolled back", "rejected") and one.get("to"):
+        out.print(f"{name}: [bold]v{one['to']}[/] is champion again: {why}")
+    elif one["phase"] in ("", "rejected", "rolled back"):
+        out.print(f"{name}: [dim]{why}[/]")
+    elif one["phase"] == "failed":
+        out.print(f"{name}: [red]did not go back[/]: {why}")
+    else:
+        out.print(f"{name}: [bold magenta]degraded[/], look at `titleshot status`: {why}")
+
+
+def print_pool(found: dict[str, Any]) -> None:
+    """The versions of a model that are loaded."""
+    from tasks.pool import summary
+
+    out.print(f"[bold]{found['model']}[/]  POST {found['gateway']}/invocations")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("version", "role", "state", "pid", "memory"):
+        table.add_column(column)
+    for one in found["versions"]:
+        memory = "" if one["megabytes"] is None else f"{one['megabytes']} MB"
+        state = f"[{STYLES.get(one['state'], 'red')}]{one['state']}[/]"
+        table.add_row(f"v{one['version']}", escape(one["role"]), state, str(one["pid"] or ""), memory)
+    out.print(table)
+    out.print(summary(found))
+
+
+def print_route(traffic: Any, gateway: str) -> None:
+    """What the gateway obeys for a model."""
+    from tasks import shape
+
+    out.print(f"[bold]{traffic.model}[/]  POST {gateway}/invocations")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("requests", "share", "answered by"):
+        table.add_column(column)
+    for row in shape.rows(traffic):
+        table.add_row(*map(escape, row))
+    out.print(table)
+    for note in shape.notes(traffic):
+        out.print(escape(note))
+
+
 def print_preview(found: Any) -> None:
     """What a promotion would create and change, as a diff by step."""
     from tasks.preview import difference
@@ -157,7 +213,7 @@ def print_probe(found: dict[str, Any]) -> None:
         for one in model["versions"]:
             times = ("-" if one[key] is None else f"{one[key]:.0f} ms" for key in ("median_ms", "slowest_ms"))
             table.add_row(
-                escape(model["model"]),
+                escape(f"{model['model']} in {model['region']}" if model["region"] else model["model"]),
                 f"v{one['version']}",
                 one["role"],
                 f"{one['sent'] - one['failed']} of {one['sent']}",
@@ -223,6 +279,7 @@ def print_waiting(settings: Settings, waiting: list[Any], *, json_: bool) -> Non
         {
             "promotion": one.subject.promotion,
             "model": one.subject.promotion.rpartition("-v")[0],
+            "region": one.region,
             "step": one.subject.step,
             "round": one.round,
             "requester": one.requester,
@@ -236,8 +293,9 @@ def print_waiting(settings: Settings, waiting: list[Any], *, json_: bool) -> Non
         as_json(rows)
         return
     for row in rows:
+        where = f" in {row['region']}" if row["region"] else ""
         out.print(
-            f"[bold]{escape(str(row['promotion']))}[/]  {escape(str(row['model']))}: asked for by "
+            f"[bold]{escape(str(row['promotion']))}[/]  {escape(str(row['model']))}{where}: asked for by "
             f"{escape(str(row['requester'] or 'nobody by name'))}, until {row['until']}"
         )
         out.print(f"  bound to {str(row['subject'])[:19]}  {row['page']}")

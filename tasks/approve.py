@@ -11,7 +11,7 @@ from tasks import history, registry, report
 from tasks.approvers import Unproven, prove
 from tasks.context import Context
 from tasks.journal import Open
-from tasks.settings import Settings
+from tasks.settings import Settings, region
 from validations.approval import ROUNDS, Asked, Ballot, Subject, entitled
 from validations.gates import Approval
 from validations.policy import Step
@@ -30,28 +30,27 @@ def gate_of(promotion: Promotion, step: Step) -> Approval:
     return gate
 
 
-def subject(context: Context, promotion: Promotion, step: Step) -> Subject:
+def subject(context: Context, promotion: Promotion, step: Step, run_id: str) -> Subject:
     """What an approval would be bound to now: the artifacts as they were downloaded last, and policy, verdicts and
-    evidence as the record has them at this moment.
+    evidence as the record, which is the run `run_id`, has them at this moment.
     """
     import mlflow.artifacts
 
-    run_id = history.entry(promotion.id).run_id
     there = {info.path for info in registry.client().list_artifacts(run_id)}
     with tempfile.TemporaryDirectory() as folder:
         for part in SHOWN:
             if part in there:
                 mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=part, dst_path=folder)
-        (Path(folder) / "promotion.json").write_text(mlflow.artifacts.load_text(f"runs:/{run_id}/promotion.json"))
+        (Path(folder) / "promotion.json").write_text(history.text_of(run_id, "promotion.json"))
         evidence = digest_of(Path(folder))
-    policy = history.sha256(mlflow.artifacts.load_text(f"runs:/{run_id}/policy.yaml").encode())
+    policy = history.sha256(history.text_of(run_id, "policy.yaml").encode())
     return Subject(
         promotion=promotion.id, step=step.name, artifact=context.challenger.digest, policy=policy, evidence=evidence
     )
 
 
-def ask(context: Context, promotion: Promotion, of: Subject, left: Open, flow_run: str) -> Asked:
-    """Ask for a form: told to the journal, to the record, and in a report of what was found so far.
+def ask(context: Context, promotion: Promotion, of: Subject, left: Open, flow_run: str, run_id: str) -> Asked:
+    """Ask for a form: told to the journal, to the record `run_id`, and in a report of what was found so far.
 
     A round that was asked already and not answered is asked again, by another flow run than the one that did.
     """
@@ -61,9 +60,9 @@ def ask(context: Context, promotion: Promotion, of: Subject, left: Open, flow_ru
     answered = {ballot.round for ballot in left.ballots}
     number = 1 if before is None else before.round + (before.round in answered)
     until = now + gate_of(promotion, step).timeout if before is None else before.until
-    asked = Asked(subject=of, round=number, requester=left.requester, at=now, until=until, flow_run=flow_run)
+    who, here = left.requester, region()
+    asked = Asked(subject=of, round=number, requester=who, at=now, until=until, flow_run=flow_run, region=here)
     context.journal.ask(asked)
-    run_id = history.entry(promotion.id).run_id
     version = registry.find(context.model, promotion.challenger)
     page = report.write(promotion, context.folder, registry.links(version, context.settings.mlflow_page))
     history.keep(run_id, page, "report")
@@ -71,9 +70,9 @@ def ask(context: Context, promotion: Promotion, of: Subject, left: Open, flow_ru
     return asked
 
 
-def asks_no_more(promotion: Promotion) -> None:
-    """The record of `promotion` has nothing to ask any more."""
-    registry.client().set_tag(history.entry(promotion.id).run_id, registry.TAG + ASKS, "")
+def asks_no_more(run_id: str) -> None:
+    """The record `run_id` has nothing to ask any more."""
+    registry.client().set_tag(run_id, registry.TAG + ASKS, "")
 
 
 def pending(settings: Settings) -> list[Asked]:
@@ -142,7 +141,7 @@ def take(
 
 def _void(context: Context, promotion: Promotion, step: Step, asked: Asked) -> str:
     """Why what was shown is not what is so now; empty where it is."""
-    now = subject(context, promotion, step)
+    now = subject(context, promotion, step, history.entry(promotion.id).run_id)
     if now.artifact != promotion.digest:
         return (
             f"void: the artifacts of v{promotion.challenger} in the registry are not those that the gates have seen "
@@ -162,22 +161,22 @@ def kept(left: Open) -> dict[str, Any]:
     }
 
 
-def shown(context: Context, promotion: Promotion, asked: Asked, ballots: tuple[Ballot, ...]) -> str:
-    """What the form shows, in Markdown: verdicts, links, who asked, who said what, and the digests that it is bound
-    to.
+def shown(context: Context, promotion: Promotion, asked: Asked, ballots: tuple[Ballot, ...], run_id: str) -> str:
+    """What the form shows, in Markdown: verdicts, links (to the record `run_id` for one), who asked, who said what, and
+    the digests that it is bound to.
     """
     gate = gate_of(promotion, next(step for step in promotion.plan if step.name == asked.subject.step))
-    entry = history.entry(promotion.id)
     links = registry.links(registry.find(context.model, promotion.challenger), context.settings.mlflow_page)
     place = f"v{promotion.champion}" if promotion.champion else "nobody yet"
     valid = [one for one in ballots if one.accepted and one.subject == asked.subject.digest]
     agreed = sorted({one.approver for one in valid})
-    pages = f"[Report]({history.page(entry, context.settings.mlflow_page)}) | [Model version]({links['version']})"
+    pages = f"[Report]({history.page(run_id, context.settings.mlflow_page)}) | [Model version]({links['version']})"
     all_of_them = gate.quorum == len(gate.approvers)
     must = " and ".join(gate.approvers) if all_of_them else f"{gate.quorum} of {', '.join(gate.approvers)}"
     must += " must agree" + (f"; {', '.join(agreed)} did" if agreed else "")
     if gate.four_eyes and asked.requester in gate.approvers:
         must += f"; not {asked.requester}, who asked for it"
+    place += f" in the region **{asked.region}**" if asked.region else ""
     lines = [f"**{context.model} v{promotion.challenger}** for the place of {place} | {pages}", ""]
     if last := [one for one in ballots if one.round == asked.round - 1 and not one.accepted]:
         left = ROUNDS - _in_vain(ballots)

@@ -42,17 +42,18 @@ def cluster(settings: Settings) -> Cluster | None:
     found, wanted = clusters(settings), settings.region or settings.cluster
     if wanted is None:
         return next((one for one in found if not one.region), None)
-    variable = "TITLESHOT_REGION" if settings.region else "TITLESHOT_CLUSTER"
+    kind = "cluster" if settings.region is None else "region"
     for one in found:
         if one.name == wanted and one.region == (settings.region is not None):
             return one
         if one.name == wanted:
-            mend = "name it in TITLESHOT_REGION" if one.region else "give it `region: true` to make it one"
+            mend = "name it with --region or in TITLESHOT_REGION" if one.region else "`region: true` makes it one"
             raise Mistake(f"the cluster '{wanted}' is {'a' if one.region else 'no'} region: {mend}", code=2)
-    names = [one.name for one in found]
+    names = [one.name for one in found if one.region or kind == "cluster"]
+    mend = "TITLESHOT_CLUSTER" if kind == "cluster" else "--region, TITLESHOT_REGION or the policy's `waves`"
     raise Mistake(
-        f"there is no cluster '{wanted}' in {settings.clusters_file or 'any file of clusters'}"
-        f"{nearest(wanted, names)} (there are: {', '.join(names) or 'none'}): mend {variable} or the policy's `waves`",
+        f"there is no {kind} '{wanted}' in {settings.clusters_file or 'any file of clusters'}"
+        f"{nearest(wanted, names)} (there are: {', '.join(names) or 'none'}): mend {mend}",
         code=2,
     )
 

@@ -7,7 +7,7 @@ verdict changed later is noticed.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -127,6 +127,7 @@ def rolled_back(left: Open, phase: str, why: str, verdict: Verdict, tags: Mappin
         "step": verdict.step,
         "phase": phase,
         "why": why,
+        "region": region(),
     }
     run_id = found[0].run_id if found else open_run(left.model, left.id, {**said, **tags})
     log_verdict(run_id, verdict, 1, "")
@@ -205,17 +206,21 @@ def interrupted(run_id: str) -> None:
 
 def entries(model: str | None = None, identifier: str | None = None) -> list[Entry]:
     """The promotions and rollbacks of `model` (None: of all), newest first."""
-    where = f"name = '{EXPERIMENT}{model}'" if model else f"name LIKE '{EXPERIMENT}%'"
-    return _search(where, f"tags.`{TAG}id` = '{identifier}'" if identifier else "")
+    return _entries(model, id=identifier) if identifier else _entries(model)
 
 
-def _search(experiments: str, runs: str) -> list[Entry]:
-    """Entries by MLflow's filters for experiments and for runs, newest first."""
-    ids = [e.experiment_id for e in client().search_experiments(filter_string=experiments)]
-    if not ids:
-        return []
-    found = client().search_runs(ids, runs, order_by=["attributes.start_time DESC"], max_results=1000)
-    return [_entry(run) for run in found if TAG + "id" in run.data.tags]
+def _entries(model: str | None, **tags: str) -> list[Entry]:
+    return [_entry(run) for run in _runs(model, **tags) if TAG + "id" in run.data.tags]
+
+
+def _runs(model: str | None, status: str = "", **tags: str) -> Sequence[Any]:
+    """MLflow's runs with these of our tags, newest first; of all models where `model` is None."""
+    name = f"name = '{EXPERIMENT}{model}'" if model else f"name LIKE '{EXPERIMENT}%'"
+    ids = [one.experiment_id for one in client().search_experiments(filter_string=name)]
+    where = [f"tags.`{TAG}{key}` = '{value}'" for key, value in tags.items()]
+    where += [f"attributes.status = '{status}'"] if status else []
+    newest = ["attributes.start_time DESC"]
+    return client().search_runs(ids, " AND ".join(where), order_by=newest, max_results=1000) if ids else []
 
 
 def _entry(run: Any) -> Entry:
@@ -242,8 +247,7 @@ def observed(model: str, digest: str, champion: str | None, folder: Path) -> dic
     have, and the notebooks (in `folder`, by promotion) of steps that were cut off. Within a region: that one's.
     """
     found: dict[str, list[Series]] = {}
-    where = f"tags.`{TAG}digest` = '{digest}' AND tags.`{TAG}champion` = '{champion or ''}'"
-    for past in reversed(_search(f"name = '{EXPERIMENT}{model}'", where)):
+    for past in reversed(_entries(model, digest=digest, champion=champion or "")):
         if past.region != region():  # other people's requests
             continue
         promotion = stored(past.run_id)
@@ -261,14 +265,12 @@ def observed(model: str, digest: str, champion: str | None, folder: Path) -> dic
 
 def evidence(run_id: str, promotion: Promotion) -> dict[str, dict[str, Any]]:
     """The evidence files of a promotion's steps. Raises `Tampered` for one that is not what its verdict vouches for."""
-    import mlflow.artifacts
-
     found = {}
     for verdict in promotion.verdicts:
         for artifact in verdict.evidence.artifacts:
             if not artifact.name.endswith(".json"):
                 continue
-            text = mlflow.artifacts.load_text(f"runs:/{run_id}/{artifact.uri}")
+            text = text_of(run_id, artifact.uri)
             if sha256(text.encode()) != artifact.sha256:
                 raise Tampered(f"{artifact.uri} of run {run_id} is not what the verdict on {verdict.step} rests on")
             found[verdict.step] = json.loads(text)
@@ -277,10 +279,7 @@ def evidence(run_id: str, promotion: Promotion) -> dict[str, dict[str, Any]]:
 
 def tagged(tag: str) -> list[str]:
     """The values of one of our tags on the records of all promotions that are not over, newest first."""
-    experiments = client().search_experiments(filter_string=f"name LIKE '{EXPERIMENT}%'")
-    where = f"tags.`{TAG}kind` = 'promotion' AND attributes.status = 'RUNNING'"
-    ids = [experiment.experiment_id for experiment in experiments]
-    runs = client().search_runs(ids, where, order_by=["attributes.start_time DESC"]) if ids else []
+    runs = _runs(None, "RUNNING", kind="promotion")
     return [run.data.tags[TAG + tag] for run in runs if TAG + tag in run.data.tags]
 
 
@@ -288,14 +287,13 @@ def of_flow_run(model: str, flow_run: str, *, anywhere: bool = False) -> Entry |
     """The promotion of `model` that this Prefect flow run began (in this region, within one; with `anywhere` the latest
     of all regions); None where it began none.
     """
-    found = _search(f"name = '{EXPERIMENT}{model}'", f"tags.`{TAG}flow_run` = '{flow_run}'")
-    return next((one for one in found if anywhere or one.region == region()), None)
+    return next((one for one in _entries(model, flow_run=flow_run) if anywhere or one.region == region()), None)
 
 
-def page(entry: Entry, uri: str) -> str:
+def page(run_id: str, uri: str) -> str:
     """Where the MLflow UI at `uri` shows a promotion's report."""
-    experiment = client().get_run(entry.run_id).info.experiment_id
-    return f"{uri}/#/experiments/{experiment}/runs/{entry.run_id}/artifacts/report/report.html"
+    experiment = client().get_run(run_id).info.experiment_id
+    return f"{uri}/#/experiments/{experiment}/runs/{run_id}/artifacts/report/report.html"
 
 
 def entry(identifier: str) -> Entry:
@@ -308,12 +306,10 @@ def entry(identifier: str) -> Entry:
 
 def stored(run_id: str) -> Promotion:
     """A promotion as its run has it. Raises `Tampered` where the chain of verdicts is broken."""
-    import mlflow.artifacts
-
-    root = f"runs:/{run_id}"
-    head = mlflow.artifacts.load_text(f"{root}/promotion.json")
+    head = text_of(run_id, "promotion.json")
     verdicts, before = [], sha256(head.encode())
-    for path, text in _verdict_files(run_id):
+    files = sorted(str(info.path) for info in client().list_artifacts(run_id, "verdicts"))
+    for path, text in ((path, text_of(run_id, path)) for path in files):
         data = json.loads(text)
         if data["before"] != before:
             raise Tampered(f"{path} of run {run_id} does not follow the verdict before it: one of them was changed")
@@ -324,11 +320,11 @@ def stored(run_id: str) -> Promotion:
     return Promotion.model_validate({**json.loads(head), "verdicts": verdicts})
 
 
-def _verdict_files(run_id: str) -> Iterator[tuple[str, str]]:
+def text_of(run_id: str, artifact: str) -> str:
+    """One of the files that a run keeps."""
     import mlflow.artifacts
 
-    for info in sorted(client().list_artifacts(run_id, "verdicts"), key=lambda info: str(info.path)):
-        yield info.path, mlflow.artifacts.load_text(f"runs:/{run_id}/{info.path}")
+    return str(mlflow.artifacts.load_text(f"runs:/{run_id}/{artifact}"))
 
 
 def slug(step: str) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from deployments.exclusive import transaction
 from tasks.progress import say
-from tasks.settings import Settings
+from tasks.settings import Settings, region
 from validations.promotion import Promotion
 from validations.verdict import Value, Verdict
 
@@ -109,7 +110,7 @@ def of(kind: Kind, promotion: Promotion, link: str = "", *, asked: int = 1) -> N
         kind=kind,
         model=model,
         promotion=promotion.id,
-        title=f"{model} {new}: {kind}",
+        title=f"{model} {new}{f' in {region()}' if region() else ''}: {kind}",
         body=body,
         link=link,
         key=key,
@@ -247,12 +248,9 @@ def _file(home: Path) -> Path:
 
 @contextlib.contextmanager
 def _store(home: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction, which no other process is in at the same time."""
-    with contextlib.closing(sqlite3.connect(_file(home), timeout=10, isolation_level=None)) as db:
-        db.execute("BEGIN IMMEDIATE")
+    with transaction(_file(home), 10) as db:
         db.execute(_SCHEMA)
         yield db
-        db.execute("COMMIT")
 
 
 def _state(db: sqlite3.Connection, key: str, now: float) -> tuple[bool, int, float]:

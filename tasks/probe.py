@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -12,6 +12,8 @@ from deployments.target import Endpoint, ServingTarget, TargetError, Traffic
 from tasks.progress import say
 from tasks.registry import Registered, example_request, local_path
 from tasks.settings import Mistake, Settings
+from tasks.targets import PATIENCE
+from tasks.targets import everywhere as places
 
 REQUESTS = 5
 TIMEOUT = 20.0
@@ -46,6 +48,7 @@ class Look:
     champion: str | None
     versions: Sequence[Probed]
     problems: Sequence[str]
+    region: str = ""
 
 
 def probe(
@@ -73,11 +76,35 @@ def probe(
     return [_look(settings, target, name, requests, slow_ms) for name in asked]
 
 
+def everywhere(
+    settings: Settings, model: str | None = None, *, requests: int = REQUESTS, slow_ms: float | None = None
+) -> list[Look]:
+    """As `probe`, in every place where models are served: of one that does not answer that is the problem."""
+    found, silent = list[Look](), list[Look]()
+    for own, target in places(settings, patience=PATIENCE):
+        name = own.region or ""
+        try:
+            if model is not None and model not in target.models():
+                continue
+            looks = probe(own, target, model, requests=requests, slow_ms=slow_ms)
+        except TargetError as error:
+            silent.append(Look(model or "", None, (), (str(error),), name))
+            continue
+        said = f" in {name}" if name else ""
+        for one in looks:
+            problems = [one.model + said + problem.removeprefix(one.model) for problem in one.problems]
+            found.append(replace(one, problems=problems, region=name))
+    if model is not None and not found and not silent:
+        raise Mistake(f"{model} is not served here: `titleshot status` lists what is", code=2)
+    return found + silent
+
+
 def as_dict(looks: Sequence[Look]) -> dict[str, Any]:
     """The looks as they are returned and printed: {"models": [...], "problems": [...]}."""
     models = [
         {
             "model": look.model,
+            "region": look.region,
             "champion": look.champion,
             "versions": [
                 {
@@ -93,6 +120,7 @@ def as_dict(looks: Sequence[Look]) -> dict[str, Any]:
             ],
         }
         for look in looks
+        if look.versions or not look.problems
     ]
     return {"models": models, "problems": [problem for look in looks for problem in look.problems]}
 

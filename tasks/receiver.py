@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -42,8 +41,6 @@ class Receiver:
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
         self._settings, self._clock = settings, clock
         self._seen = webhooks.Seen(webhooks.seen_file(settings))
-        # Prefect may have been restarted since the last event: connections are not kept.
-        self._prefect = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
         self._lock = threading.Lock()
         self._done, self._refused, self._failed = Counter[str](), Counter[str](), Counter[str]()
         self._since = datetime.now(UTC)
@@ -63,7 +60,7 @@ class Receiver:
                 if not new:
                     why = "known already"
                 elif why is None:
-                    webhooks.emit(self._prefect, self._settings, delivery)
+                    webhooks.emit(self._settings, delivery)
         except Unanswered as error:
             return self._fail("Prefect away", f"{what}: {error}")
         except Mistake as error:

@@ -191,6 +191,11 @@ def within(name: str) -> Iterator[None]:
         _REGION.reset(token)
 
 
+def mean(name: str) -> None:
+    """From here on `load` speaks of this region, as within the block of `within`, until this context ends."""
+    _REGION.set(name)
+
+
 def load() -> Settings:
     """The settings in force, the home made absolute. Raises `Mistake` for an unusable variable."""
     try:

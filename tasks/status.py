@@ -10,13 +10,9 @@ from tasks.journal import Open, agreed, opened
 from tasks.moved import said, sides
 from tasks.registry_rest import Refused, Unanswered
 from tasks.settings import Mistake, Settings
-from tasks.targets import everywhere, local_target
+from tasks.targets import PATIENCE, everywhere, local_target
 
-__all__ = ["said", "sides", "status"]
-
-
-PATIENCE = 3.0
-"""Seconds that a cluster is asked for, by who wants to see what there is."""
+__all__ = ["PATIENCE", "said", "sides", "status"]
 
 
 def status(settings: Settings) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tasks.context import Contender, Context, Seen
 from tasks.journal import BY_HAND, Journal, Open, agreed, opened
 from tasks.progress import say
 from tasks.registry import Registered
-from tasks.settings import Mistake, Settings
+from tasks.settings import Mistake, Settings, region
 from validations.verdict import Measurement
 
 
@@ -143,7 +143,8 @@ def order(settings: Settings, target: ServingTarget, model: str, reason: str) ->
     """`back` under a lease that is taken from whoever holds it: a promotion that is under way finds its fence stale.
     What the journal then has open is for `flows.recover` to finish.
     """
-    identifier = f"{model}-rollback-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    at = f"{region()}-{datetime.now(UTC):%Y%m%d-%H%M%S}".lstrip("-")
+    identifier = f"{model}-rollback-{at}-{secrets.token_hex(2)}"
     with leased(target, model, identifier, take=True) as fence:
         left = back(settings, target, model, fence, reason)
         to = left.to or (left.promotion.champion if left.promotion else "")

@@ -1,7 +1,7 @@
 """Every place where models are served, as one serving target: each model's verbs go to where that model is."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
 from deployments.kubernetes.cluster import Cluster
@@ -21,8 +21,9 @@ from deployments.target import (
     Version,
 )
 from tasks.clusters import cluster, clusters
+from tasks.policies import policy_of
 from tasks.settings import Mistake, Settings, within
-from validations.waves import Place
+from validations.waves import Place, Waves
 
 if TYPE_CHECKING:  # the kubernetes client takes a second to import
     from deployments.kubernetes.target import KubernetesTarget
@@ -59,6 +60,45 @@ def everywhere(settings: Settings, patience: float | None = None) -> Iterator[tu
             own = {"region": one.name if one.region else None, "cluster": None if one.region else one.name}
             asked = one if patience is None else one.model_copy(update={"patience": min(patience, one.patience)})
             yield settings.model_copy(update=own), Targets(asked, None)
+
+
+PATIENCE = 3.0
+"""Seconds that a cluster is asked for, by who wants to see what there is."""
+
+
+def regions_of(settings: Settings, model: str) -> dict[str, str]:
+    """The regions that `model` is served in, in the order in which a promotion comes to them, each with why it does not
+    answer ("" where it does): of one that does not it is not known. None where the model is served in one place, or
+    where a region is meant.
+    """
+    if settings.region is not None or not any(one.region for one in clusters(settings)):
+        return {}
+    found = dict[str, str]()
+    for own, target in everywhere(settings, patience=PATIENCE):
+        try:
+            there, why = model in target.models(), ""
+        except TargetError as error:
+            there, why = own.region is not None, str(error)
+        if there and own.region is None:
+            return {}
+        if there:
+            found[str(own.region)] = why
+    waves = _waves(settings, model)
+    order = [name for name in waves if name in found]
+    if waves:  # what does not answer and is in no wave of the model's is no region of its
+        order += [name for name, why in found.items() if name not in waves and not why]
+    elif any(not why for why in found.values()):
+        order = list(found)
+    return {name: found[name] for name in order}
+
+
+def _waves(settings: Settings, model: str) -> tuple[str, ...]:
+    """The regions of the model's own policy; none where it has no policy that says so."""
+    with suppress(Mistake):  # a broken policy must not be in the way of who goes back
+        own = policy_of(settings, model)
+        if own is not None and isinstance(own[2].target, Waves):
+            return own[2].target.regions
+    return ()
 
 
 def choose(target: ServingTarget, model: str, kind: Place) -> None:

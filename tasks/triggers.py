@@ -3,21 +3,22 @@
 Light: the lookout does this for ever. Events come faster, and get lost; this finds what they left out.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-import httpx
-
-from deployments.target import ServingTarget
+from deployments.target import ServingTarget, TargetError
 from tasks import registry_rest
-from tasks.flowruns import PROMOTE, Unanswered, create, page
+from tasks.flowruns import PROMOTE, FlowRun, Unanswered, Unusable, chosen, create, deployment_id, page, tagged
 from tasks.journal import opened
 from tasks.policies import policies_of
 from tasks.registry import CHALLENGER, CHAMPION, TAG
 from tasks.settings import Mistake, Settings
+from tasks.targets import PATIENCE, everywhere
+from validations.policy import Policy
+from validations.waves import Waves
 
 PAUSES = (timedelta(seconds=10), timedelta(minutes=1), timedelta(minutes=5), timedelta(minutes=15))
 """How long after its last run a challenger is asked for again: so often, where its runs fail. The first is short: a run
@@ -27,8 +28,6 @@ LOST = timedelta(minutes=10)
 """A run that goes on for this long and holds no lease has lost its process; Prefect does not notice."""
 LATE = timedelta(minutes=10)
 """A run that waits for a worker for this long is told of."""
-SECONDS = 20.0
-"""How long Prefect has for an answer."""
 LATER = "Later"
 """The state in which a run completes that had to leave its challenger for later: it is asked for again."""
 _EXPERIMENT = "promotions/"  # tasks.history has it, and takes seconds to import
@@ -116,7 +115,7 @@ def due(settings: Settings, target: ServingTarget, known: set[tuple[str, ...]] |
         try:
             if policy.trigger == "hand":
                 looked.skipped.append(Skipped(model, None, f"{path.name} says `trigger: hand`"))
-            elif busy := _busy(target, model):
+            elif busy := _busy_anywhere(settings, target, model, policy):
                 looked.skipped.append(Skipped(model, None, busy))
             else:
                 _look(settings, model, policy.trigger, looked, known)
@@ -132,6 +131,20 @@ def due(settings: Settings, target: ServingTarget, known: set[tuple[str, ...]] |
         except (AttributeError, KeyError, TypeError, ValueError):
             looked.problems.append(f"{model} cannot be looked at: what answers at {settings.mlflow} is no MLflow")
     return looked
+
+
+def _busy_anywhere(settings: Settings, target: ServingTarget, model: str, policy: Policy) -> str:
+    """What is under way with `model` wherever its policy lets it be served; empty where nothing is."""
+    if not isinstance(policy.target, Waves):
+        return _busy(target, model)
+    try:
+        for name in policy.target.regions:
+            for _, place in everywhere(settings.model_copy(update={"region": name}), patience=PATIENCE):
+                if busy := _busy(place, model):
+                    return busy
+    except (Mistake, TargetError) as error:
+        return f"whether something is under way in every region of its policy is not known: {error}"
+    return ""
 
 
 def _busy(target: ServingTarget, model: str) -> str:
@@ -271,34 +284,6 @@ def handled(model: str, number: str, digest: str, target: ServingTarget | None =
 # --- asking for it
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """A flow run of the promotion, whoever asked for it. `at` is when its state came; `attempt` is 0 where it is not
-    ours.
-    """
-
-    id: str
-    name: str
-    type: str
-    state: str
-    message: str
-    created: datetime
-    at: datetime
-    version: str | None
-    model: str
-    attempt: int
-
-    def lost(self, now: datetime) -> bool:
-        """Whether nobody performs it any more; its model is free, or it would not have been looked for."""
-        return self.type in ("RUNNING", "PENDING", "CANCELLING") and now - self.at > LOST
-
-    def over(self, now: datetime) -> bool:
-        return self.type in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") or self.lost(now)
-
-    def failed(self, now: datetime) -> bool:
-        return self.type in ("FAILED", "CRASHED") or (self.lost(now) and self.type != "CANCELLING")
-
-
 def ask(settings: Settings, dues: Sequence[Due], now: datetime | None = None) -> Asked:
     """Ask Prefect for what `intents` says, once each: by its key a run that is asked for twice is one."""
     asked = Asked()
@@ -326,8 +311,8 @@ def preview(settings: Settings, target: ServingTarget) -> dict[str, list[Any]]:
     with _told(settings, looked.problems):
         found = intents(settings, looked.due)
         looked.problems += [intent.why for intent in found if intent.problem]
-        if found and _prefect(settings, "GET", f"/deployments/name/{PROMOTE}").status_code == 404:
-            raise Mistake(f"Prefect has no deployment {PROMOTE}")
+        if found:
+            deployment_id(settings, PROMOTE)
         planned = found
     return {
         "due": [
@@ -345,10 +330,12 @@ def _told(settings: Settings, problems: list[str]) -> Iterator[None]:
     """Say in words, the same at each look, why Prefect could not be asked."""
     try:
         yield
-    except Unanswered:
-        problems.append(f"Prefect does not answer at {settings.prefect}: no promotion is asked for until it does")
+    except Unusable as error:
+        problems.append(f"{error}: no promotion is asked for until it is mended")
     except (AttributeError, KeyError, TypeError, ValueError):
         problems.append(f"what answers at {settings.prefect} is no Prefect: no promotion is asked for")
+    except Unanswered:
+        problems.append(f"Prefect does not answer at {settings.prefect}: no promotion is asked for until it does")
     except Mistake as mistake:
         mend = " (TITLESHOT_WORKERS is 0: this stack has no worker of its own)" if not settings.workers else ""
         problems.append(f"challengers are due and no promotion starts by itself: {mistake}{mend}")
@@ -358,19 +345,18 @@ def intents(settings: Settings, dues: Sequence[Due], now: datetime | None = None
     """What becomes of each due challenger, by the runs that Prefect has: of one model one goes, the oldest first.
 
     A run of somebody else's (an event's, a person's) counts as ours: while it is on its way there is no other. Raises
-    `Unanswered`.
+    `Unanswered` and `Mistake`.
     """
     now = now or datetime.now(UTC)
     flow, deployment = PROMOTE.split("/")
-    chosen = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [deployment]}}}
-    lately = _runs(settings, chosen) if dues else []
+    of_it = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": [deployment]}}}
+    lately = chosen(settings, of_it) if dues else []
     found, taken = list[Intent](), dict[str, str]()
     for one in dues:
         if one.model in taken:
             found.append(Intent(one, "wait", f"{taken[one.model]} comes first"))
             continue
-        ours = _runs(settings, {"flow_runs": {"tags": {"all_": [_tag(one)]}}})
-        runs = {run.id: run for run in (*ours, *lately) if _is_of(run, one, now)}
+        runs = {run.id: run for run in (*tagged(settings, _tag(one)), *lately) if _is_of(run, one, now)}
         intent = _intent(settings, one, sorted(runs.values(), key=lambda run: run.created), now)
         found.append(intent)
         if intent.does != "leave":
@@ -378,42 +364,43 @@ def intents(settings: Settings, dues: Sequence[Due], now: datetime | None = None
     return found
 
 
-def _is_of(run: _Run, one: Due, now: datetime) -> bool:
+def _is_of(run: FlowRun, one: Due, now: datetime) -> bool:
     """Whether a run is one of this challenger, as far as can be told. One that named no version may be, while it goes
     on; one older than the version was of another one, of a model of this name that was deleted.
     """
-    same = run.version == one.version or (run.version is None and not run.over(now))
-    return run.model == one.model and same and run.created > one.created - timedelta(minutes=1)
+    version = str(run.parameters.get("version") or "")
+    same = version == one.version or (not version and not _over(run, now))
+    return run.parameters.get("model") == one.model and same and run.created > one.created - timedelta(minutes=1)
 
 
-def _intent(settings: Settings, one: Due, runs: Sequence[_Run], now: datetime) -> Intent:
+def _intent(settings: Settings, one: Due, runs: Sequence[FlowRun], now: datetime) -> Intent:
     if not runs:
         return Intent(one, "ask", one.why)
     last = runs[-1]
     where, by_hand = page(settings, last.id), f"`titleshot promote {one.model} --version {one.version}` does it by hand"
     for run in runs:
-        if not run.over(now):
-            late = run.state == "Late" and now - run.at > LATE
+        if not _over(run, now):
+            late = run.state == "Late" and now - run.since > LATE
             waits = f"{one.name} waits for a worker: is there one?" if late else f"its run is {run.state}:"
             return Intent(one, "wait", f"{waits} {page(settings, run.id)}", problem=late)
     cancelled = last.type in ("CANCELLED", "CANCELLING")
     if cancelled or (last.type == "COMPLETED" and last.state != LATER):
         ended = "was cancelled" if cancelled else "found nothing to do"
         return Intent(one, "leave", f"its run {ended}: {where}; {by_hand}")
-    failures = [run for run in runs if run.failed(now)]
+    failures = [run for run in runs if _failed(run, now)]
     # Runs of several events begin together and fail together: they count as one.
-    tries = len({run.attempt for run in failures})
+    tries = len({_attempt(run) for run in failures})
     if tries > len(PAUSES):
-        said = failures[-1].message or "its process is gone"
+        said = " ".join(failures[-1].message.split())[:300] or "its process is gone"
         why = f"{one.name}: {len(failures)} runs ended before its promotion began, the last one so: {said}: {where}"
         return Intent(one, "leave", f"{why}; {by_hand}", problem=True)
     # However often it was put off, because another promotion of the model was under way: its time comes, and that is
     # soon, since it is looked at only while its model is free.
-    again = last.at + PAUSES[tries - 1 if last.failed(now) else 0]
-    ended = "failed" if last.failed(now) else "was put off"
+    again = last.since + PAUSES[tries - 1 if _failed(last, now) else 0]
+    ended = "failed" if _failed(last, now) else "was put off"
     if now < again:
         return Intent(one, "wait", f"its last run {ended}, it is asked for again at {again:%H:%M:%S} UTC: {where}")
-    attempt = 1 + max(run.attempt for run in runs)
+    attempt = 1 + max(map(_attempt, runs))
     return Intent(one, "ask", f"{one.why}, and its last run {ended}", attempt=attempt)
 
 
@@ -421,39 +408,20 @@ def _tag(one: Due) -> str:
     return f"challenger/{one.model}/{one.version}"
 
 
-def _runs(settings: Settings, chosen: Mapping[str, Any]) -> list[_Run]:
-    body = {**chosen, "sort": "START_TIME_DESC", "limit": 200}
-    answer = _prefect(settings, "POST", "/flow_runs/filter", body).json()
-    if not isinstance(answer, list):
-        raise TypeError("these are no flow runs")
-    return list(_read(answer))
+def _lost(run: FlowRun, now: datetime) -> bool:
+    """Whether nobody performs it any more; its model is free, or it would not have been looked for."""
+    return run.type in ("RUNNING", "PENDING", "CANCELLING") and now - run.since > LOST
 
 
-def _prefect(settings: Settings, method: str, path: str, body: Any = None) -> httpx.Response:
-    try:
-        answer = httpx.request(method, settings.prefect + path, json=body, timeout=SECONDS)
-        return answer if answer.status_code == 404 else answer.raise_for_status()
-    except httpx.HTTPError as error:
-        raise Unanswered(
-            f"Prefect does not answer at {settings.prefect}{path}: {error or type(error).__name__}"
-        ) from error
+def _over(run: FlowRun, now: datetime) -> bool:
+    return run.over or _lost(run, now)
 
 
-def _read(answer: Iterable[Mapping[str, Any]]) -> Iterable[_Run]:
-    for one in answer:
-        state, asked = one.get("state") or {}, one.get("parameters") or {}
-        attempt = str(one.get("idempotency_key") or "").rpartition("/")[2]
-        ours = any(tag.startswith("challenger/") for tag in one.get("tags") or ())
-        version, created = asked.get("version"), datetime.fromisoformat(one["created"])
-        yield _Run(
-            id=str(one["id"]),
-            name=str(one["name"]),
-            type=str(one.get("state_type") or ""),
-            state=str(one.get("state_name") or ""),
-            message=" ".join(str(state.get("message") or "").split())[:300],
-            created=created,
-            at=datetime.fromisoformat(state["timestamp"]) if state.get("timestamp") else created,
-            version=str(version) if version not in (None, "") else None,
-            model=str(asked.get("model") or ""),
-            attempt=int(attempt) if ours and attempt.isdecimal() else 0,
-        )
+def _failed(run: FlowRun, now: datetime) -> bool:
+    return run.type in ("FAILED", "CRASHED") or (_lost(run, now) and run.type != "CANCELLING")
+
+
+def _attempt(run: FlowRun) -> int:
+    """Which attempt of ours it is; 0 where somebody else asked for it."""
+    attempt, ours = run.key.rpartition("/")[2], any(tag.startswith("challenger/") for tag in run.tags)
+    return int(attempt) if ours and attempt.isdecimal() else 0

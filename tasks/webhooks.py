@@ -22,7 +22,8 @@ from typing import Annotated, Any, Self
 import httpx
 from pydantic import BaseModel, StringConstraints, ValidationError, model_validator
 
-from tasks.flowruns import Unanswered
+from deployments.exclusive import transaction
+from tasks.flowruns import Unanswered, ask
 from tasks.policies import policy_of
 from tasks.settings import Mistake, Settings
 
@@ -46,6 +47,8 @@ LIMIT = 1 << 20
 """Bytes of a delivery: that of a new version holds all of its tags."""
 PATIENCE = 5.0
 """Seconds that Prefect may take to accept an event."""
+QUEUED = 20.0
+"""Seconds that a delivery waits for those before it, at the most."""
 _EVENT_IDS = uuid.UUID("6f1f3c1e-6a0c-5b8e-9d0a-5d6b7f1a2c3d")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
@@ -156,9 +159,9 @@ def why_not(settings: Settings, delivery: Delivery) -> str | None:
     return None if trigger == word else f"{own[0].name} waits for {' '.join(one for one in ASKS[trigger] if one)}"
 
 
-def emit(client: httpx.Client, settings: Settings, delivery: Delivery) -> None:
+def emit(settings: Settings, delivery: Delivery) -> None:
     """Tell Prefect, whose automations start what is to be started. A delivery that comes again is the same event.
-    Raises `Unanswered`.
+    It is told once, since MLflow tries again. Raises `Unanswered`.
     """
     event = {
         "id": str(uuid.uuid5(_EVENT_IDS, delivery.id)),
@@ -171,9 +174,9 @@ def emit(client: httpx.Client, settings: Settings, delivery: Delivery) -> None:
         "payload": {"model": delivery.model, "version": delivery.version, "delivery": delivery.id},
     }
     try:
-        client.post(f"{settings.prefect}/events", json=[event], timeout=PATIENCE).raise_for_status()
-    except (httpx.HTTPError, Mistake) as error:
-        raise Unanswered(f"Prefect takes no event: {error or type(error).__name__}") from error
+        ask(settings, "POST", "/events", [event], seconds=PATIENCE, once=True)
+    except Mistake as error:
+        raise Unanswered(f"Prefect takes no event: {error}") from error
 
 
 class Seen:
@@ -181,7 +184,7 @@ class Seen:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._transaction() as db:
+        with transaction(path, QUEUED) as db:
             db.execute("CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, at REAL NOT NULL)")
 
     def known(self, identifier: str) -> bool:
@@ -194,22 +197,9 @@ class Seen:
         """Whether this delivery is new; it counts as dealt with once the block has ended well. Meanwhile all others
         wait, in other processes as well.
         """
-        with self._transaction() as db:
+        with transaction(self._path, QUEUED) as db:
             db.execute("DELETE FROM seen WHERE at < ?", (now - KEPT,))
             yield db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (identifier, now)).rowcount == 1
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with contextlib.closing(sqlite3.connect(self._path, timeout=20, isolation_level=None)) as db:
-            db.execute("PRAGMA journal_mode=DELETE")
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
 
 
 # --- secrets

@@ -9,10 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import httpx
-
+from tasks.flowruns import Unanswered, ask
 from tasks.settings import QUIET, Mistake, Settings
 from tasks.settings import load as load_settings
 
@@ -58,8 +56,8 @@ def main() -> None:
     try:
         _make_pool(settings)
         _deploy(settings)
-    except httpx.HTTPError as error:
-        sys.exit(f"Prefect does not answer yet: {error or type(error).__name__}")
+    except Unanswered as error:
+        sys.exit(str(error))
     except Mistake as error:
         time.sleep(RETRY_SECONDS)
         sys.exit(str(error))
@@ -76,11 +74,10 @@ def _make_pool(settings: Settings) -> None:
     """Make the work pool where there is none; on our own server it gets our template and limit, whatever it has."""
     template = json.loads((ROOT / "deployments" / "pools" / "process.json").read_text())
     asked = {"base_job_template": template, "concurrency_limit": settings.workers}
-    made = httpx.post(f"{settings.prefect}/work_pools/", json={"name": POOL, "type": "process", **asked}, timeout=30)
-    if made.status_code != httpx.codes.CONFLICT:
-        made.raise_for_status()
+    if ask(settings, "GET", f"/work_pools/{POOL}", missing=True) is None:
+        ask(settings, "POST", "/work_pools/", {"name": POOL, "type": "process", **asked})
     elif settings.prefect_api_url is None:
-        httpx.patch(f"{settings.prefect}/work_pools/{POOL}", json=asked, timeout=30).raise_for_status()
+        ask(settings, "PATCH", f"/work_pools/{POOL}", asked)
 
 
 def _deploy(settings: Settings) -> None:
@@ -88,7 +85,7 @@ def _deploy(settings: Settings) -> None:
 
     Otherwise everything stays as people have set it in the Prefect UI: schedules, triggers, limits.
     """
-    missing = [name for name in DEPLOYMENTS if _missing(settings, name)]
+    missing = [name for name in DEPLOYMENTS if ask(settings, "GET", f"/deployments/name/{name}", missing=True) is None]
     known, now = settings.home / "prefect" / "deployed", _described()
     if not missing and (settings.prefect_api_url is not None or (known.exists() and known.read_text() == now)):
         return
@@ -98,14 +95,6 @@ def _deploy(settings: Settings) -> None:
         raise Mistake(f"`prefect deploy --all` failed: {done.stdout}{done.stderr}")
     known.parent.mkdir(parents=True, exist_ok=True)
     known.write_text(now)
-
-
-def _missing(settings: Settings, name: str) -> bool:
-    answer: Any = httpx.get(f"{settings.prefect}/deployments/name/{name}", timeout=30)
-    if answer.status_code == httpx.codes.NOT_FOUND:
-        return True
-    answer.raise_for_status()
-    return False
 
 
 def _described() -> str:

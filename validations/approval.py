@@ -33,7 +33,7 @@ class Subject(Value):
 
 class Asked(Value):
     """One form: the `round` counts from 1. `until` is when the approval as a whole expires, `flow_run` the suspended
-    run that shows the form.
+    run that shows the form, `region` where the promotion is, of a model that is served in several.
     """
 
     subject: Subject
@@ -42,6 +42,7 @@ class Asked(Value):
     at: datetime
     until: datetime
     flow_run: str = ""
+    region: str = ""
 
 
 class Ballot(Value):

@@ -36,7 +36,7 @@ def asks(settings: Any, stack: Any, model: str, number: int) -> Any:
         run = left.asked.flow_run
         # Prefect stores the form after the state.
         key = f"suspended-approval-{number}-1-description"
-        stored = flowruns._ask(settings, "POST", f"/flow_runs/{run}/input/filter", {"prefix": key})
+        stored = flowruns.ask(settings, "POST", f"/flow_runs/{run}/input/filter", {"prefix": key})
         return state(settings, run) == "PAUSED" and bool(stored)
 
     wait_for(there, 120, f"nothing is asked in round {number}", every=0.3)

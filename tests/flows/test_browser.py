@@ -80,7 +80,7 @@ class World:
 
     def _form(self, run: flowruns.FlowRun) -> bool:
         body = {"prefix": "suspended", "limit": 50}
-        found = flowruns._ask(self.settings, "POST", f"/flow_runs/{run.id}/input/filter", body)
+        found = flowruns.ask(self.settings, "POST", f"/flow_runs/{run.id}/input/filter", body)
         return any("description" in one["key"] for one in found)
 
     def said(self) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from flows import cli
 from tasks import registry
@@ -275,6 +276,27 @@ def test_history_explain_show_and_suite(
     mine = next(m for m in found["models"] if m["model"] == maker.model)
     assert mine["agrees"]
     assert mine["serving"] == number
+
+
+def test_rendering_without_the_cluster_leaves_the_route_out_and_says_so(
+    stack: Any, maker: Maker, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The objects go to stdout, complete; that there is no route among them, and why, to stderr."""
+    number, server = maker.version(), "http://127.0.0.1:1"
+    config = {"apiVersion": "v1", "kind": "Config", "current-context": "a", "users": [{"name": "a", "user": {}}]}
+    config |= {"clusters": [{"name": "a", "cluster": {"server": server}}]}
+    config |= {"contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}]}
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    described = {"name": "a", "kubeconfig": str(tmp_path / "kubeconfig"), "gateway": {"name": "g", "url": server}}
+    described |= {"artifact": {"by": "mlflow", "tracking_uri": server}}
+    (tmp_path / "clusters.yaml").write_text(json.dumps({"clusters": [described]}))
+    monkeypatch.setenv("TITLESHOT_CLUSTERS", str(tmp_path / "clusters.yaml"))
+    capfd.readouterr()
+    assert cli.run(["render", maker.model, "--version", number]) == 0
+    out, err = capfd.readouterr()
+    kinds = [one["kind"] for one in yaml.safe_load_all(out)]
+    assert kinds == ["ServiceAccount", "Service", "Deployment", "PodDisruptionBudget", "HorizontalPodAutoscaler"]
+    assert err.startswith("the route is left out, since the cluster cannot be asked for its traffic: ")
 
 
 def test_doctor_names_the_traps(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

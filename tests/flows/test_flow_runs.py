@@ -66,7 +66,7 @@ class Case:
             if left is None or left.asked is None or left.asked.round != number or state.type != "PAUSED":
                 return None
             prefix = {"prefix": f"suspended-approval-{number}-{runs}-description"}
-            stored = flowruns._ask(self.settings, "POST", f"/flow_runs/{self.run}/input/filter", prefix)
+            stored = flowruns.ask(self.settings, "POST", f"/flow_runs/{self.run}/input/filter", prefix)
             return left.asked if stored else None
 
         return self.until(there, f"round {number} is not asked")
@@ -133,7 +133,7 @@ class Case:
     def press(self, type_: str, name: str, **details: Any) -> dict[str, Any]:
         """A button of the Prefect UI."""
         body = {"state": {"type": type_, "name": name, "state_details": details}, "force": True}
-        answer = flowruns._ask(self.settings, "POST", f"/flow_runs/{self.run}/set_state", body)
+        answer = flowruns.ask(self.settings, "POST", f"/flow_runs/{self.run}/set_state", body)
         assert isinstance(answer, dict)
         return answer
 

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from deployments.kubernetes import names
+from deployments.kubernetes.client import Client
 from deployments.kubernetes.cluster import Cluster
 from flows import cli, screens
 from tasks import history, registry
@@ -32,6 +34,8 @@ SHADOW = {
     "checks": {"error_rate": {"max": 0.3}, "disagreement": {"max": 0.3}},
 }
 CANARY = {"kind": "canary", "weights": [50], "min_sample": 30, "bursts": "none", "max": "60s", "checks": CHECKS}
+LASTS = 1200 if os.environ.get("TITLESHOT_TEST_CLUSTER") else 280
+"""Seconds that live requests go on: on a real cluster pods take their time to come and go."""
 WATCH = {"kind": "watch", "run_time": "3s", "min_sample": 20, "bursts": "none", "checks": CHECKS}
 
 
@@ -67,6 +71,19 @@ def places(tiny: Path, uri: str, kinds: dict[str, str], name: str = "test", **mo
         yield Cluster.model_validate({**settings, **more})
 
 
+def clients(cluster: Cluster, model: str) -> str:
+    """Where clients reach the model."""
+    return cluster.gateway.url.replace("{model}", names.slug(model))
+
+
+def written(cluster: Cluster) -> dict[str, str]:
+    """What there is of what only Titleshot writes, and in which version."""
+    client = Client(cluster)
+    kinds = ("ServiceAccount", "Service", "PodDisruptionBudget", "HTTPRoute", "Lease", "ConfigMap")
+    found = [one for kind in kinds for one in client.items(kind, {})]
+    return {f"{one['kind']} {one['metadata']['name']}": one["metadata"]["resourceVersion"] for one in found}
+
+
 def described(path: Path, *clusters: Cluster) -> Path:
     """The file of clusters."""
     path.write_text(yaml.safe_dump({"clusters": [json.loads(one.model_dump_json()) for one in clusters]}))
@@ -93,7 +110,7 @@ def under_load(url: str, folder: Path, rate: float = 30) -> Iterator[Any]:
 
     payloads = folder / "live.jsonl"
     payloads.write_text("".join(body(float(x)).decode() + "\n" for x in range(1, 100)))
-    profile = run.Profile(rate=rate, seconds=280, timeout=20)
+    profile = run.Profile(rate=rate, seconds=LASTS, timeout=20)
     with run.start(profile, f"{url}/invocations", payloads, folder / "live") as traffic:
         yield traffic
 
@@ -107,7 +124,8 @@ def test_a_promotion_and_a_rollback_on_a_cluster(
     stack: Any, settings: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """Shadow with answers in pairs, canary, promotion, watch, then a rollback by hand: no request of a steady stream
-    fails, and routes, aliases and history say the same at each end. A dry run before it changes nothing."""
+    fails, and routes, aliases and history say the same at each end. A dry run and a rendering before it change nothing.
+    """
     model, kinds = "clustered", {"1": GOOD, "2": GOOD}
     register(settings.mlflow, model, tiny, kinds)
     first = write(tmp_path / "first.yaml", model, {"kind": "schema"})
@@ -116,11 +134,18 @@ def test_a_promotion_and_a_rollback_on_a_cluster(
         monkeypatch.setenv("TITLESHOT_CLUSTERS", str(described(tmp_path / "clusters.yaml", cluster)))
         crowned = promote(model=model, policy=first, version="1")
         assert crowned["phase"] == "promoted", crowned
-        url = cluster.gateway.url
+        url = clients(cluster, model)
+        before = written(cluster)
         assert cli.run(["promote", model, "--policy", policy, "--version", "2", "--dry-run", "--json"]) == 0
         steps = {one["step"]: one["changes"] for one in json.loads(capfd.readouterr().out)["steps"]}
         assert {"Deployment clustered-v2", "Service clustered-v2"} <= {one["what"] for one in steps["deploy"]}
         assert "weight: 5000" in steps["canary 50%"][0]["after"]
+        assert cli.run(["render", model, "--version", "2", "--output", str(tmp_path / "base"), "--kustomize"]) == 0
+        rendered = {path.name: yaml.safe_load(path.read_text()) for path in (tmp_path / "base").rglob("*.yaml")}
+        rules = rendered["httproute.yaml"]["spec"]["rules"]
+        assert [rule["matches"][0]["path"]["value"] for rule in rules] == ["/v/1", "/v/2", "/"]
+        assert len(rendered["kustomization.yaml"]["resources"]) == len(rendered) - 1
+        assert written(cluster) == before
         if folder := os.environ.get("TITLESHOT_SCREENSHOTS"):
             console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
             monkeypatch.setattr(screens, "out", console)
@@ -156,7 +181,7 @@ def test_a_challenger_that_fails_on_a_cluster_goes_back(
     with places(tiny, settings.mlflow, kinds) as cluster:
         monkeypatch.setenv("TITLESHOT_CLUSTERS", str(described(tmp_path / "clusters.yaml", cluster)))
         promote(model=model, policy=first, version="1")
-        with under_load(cluster.gateway.url, tmp_path):
+        with under_load(clients(cluster, model), tmp_path):
             result = promote(model=model, policy=policy, version="2")
         assert result["phase"] == "rolled back", result
         from tasks.settings import load
@@ -169,6 +194,8 @@ def in_two(tiny: Path, uri: str, kinds: dict[str, str]) -> Any:
     """Two clusters (on a real one: two namespaces), each a region."""
     from contextlib import ExitStack
 
+    if os.environ.get("TITLESHOT_TEST_CLUSTER") and os.environ.get("TITLESHOT_TEST_GATEWAY"):
+        pytest.skip("regions need a Gateway each, and TITLESHOT_TEST_GATEWAY names one")
     stack = ExitStack()
     found = [stack.enter_context(places(tiny, uri, kinds, name=name, region=True)) for name in ("eu", "us")]
     return stack, found
@@ -218,5 +245,7 @@ def failing(url: str, folder: Path) -> Iterator[Any]:
 
     payloads = folder / "thirteen.jsonl"
     payloads.write_text(body(13.0).decode() + "\n")
-    with run.start(run.Profile(rate=30, seconds=280, timeout=20), f"{url}/invocations", payloads, folder / "x") as sent:
+    with run.start(
+        run.Profile(rate=30, seconds=LASTS, timeout=20), f"{url}/invocations", payloads, folder / "x"
+    ) as sent:
         yield sent

@@ -707,7 +707,7 @@ def test_approve_waits_for_the_form_and_not_for_ever(home, waits, monkeypatch, c
                 raise answer
 
     def state(type_: str):
-        return flowruns.FlowRun("f1", "n", type_, type_.title(), "", NOW, 1, None, {}, ())
+        return flowruns.FlowRun("f1", "n", type_, type_.title(), "", NOW, NOW, 1, "", None, {}, ())
 
     states = [state("RUNNING"), state("PAUSED")]
     monkeypatch.setattr(flowruns, "resume", resume)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tasks import history, registry_rest, triggers
+from tasks import flowruns, history, registry_rest, triggers, webhooks, worker
 from tasks.policies import policies_of, policy_of
 from tasks.settings import Mistake, Settings
 from tests.fakes import FakeTarget
@@ -27,6 +27,7 @@ class Server:
     def __init__(self) -> None:
         self.answers: dict[str, Any] = {}
         self.asked: list[tuple[str, Any]] = []
+        self.shown: list[tuple[str, str | None]] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -34,6 +35,7 @@ class Server:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 path = self.path.split("?")[0]
                 outer.asked.append((path, json.loads(body) if body else None))
+                outer.shown.append((path, self.headers.get("Authorization")))
                 answer = next((outer.answers[end] for end in outer.answers if path.endswith(end)), 404)
                 if callable(answer):
                     answer = answer()
@@ -266,7 +268,8 @@ CASES: dict[str, tuple[list[dict[str, Any]], str, int]] = {
 def test_what_becomes_of_a_challenger(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its runs: on their way they are waited for, failed ones are asked for again, a person's no is a no."""
     runs, does, attempt = CASES[case]
-    monkeypatch.setattr(triggers, "_runs", lambda *_: list(triggers._read(runs)))
+    for name in ("chosen", "tagged"):
+        monkeypatch.setattr(triggers, name, lambda *_: [flowruns._run(run) for run in runs])
     due = triggers.Due("m", "2", "", "s3://b/2", MADE, "why")
     settings = Settings(home=tmp_path, prefect_api_url="http://127.0.0.1:1/api")
     (intent,) = triggers.intents(settings, [due], NOW)
@@ -334,13 +337,47 @@ def test_an_odd_prefect_is_a_problem_in_words(
     server: Server, settings: Settings, path: str, odd: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each look the same ones, and nothing is raised."""
-    monkeypatch.setattr(triggers, "SECONDS", 0.1)
+    monkeypatch.setattr(flowruns, "SECONDS", 0.1)
     challenge(server, settings)
     server.answers = {path: ODD[odd], **{end: other for end, other in server.answers.items() if not end.endswith(path)}}
     told = [triggers.start(settings, FakeTarget()) for _ in range(2)]
     assert told[0] == told[1]
     assert len(told[0].problems) == 1
     assert told[0].news == []
+
+
+def test_prefect_is_shown_who_asks(server: Server, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks it: the look at the registry, the receiver, the worker."""
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "ana:secret")
+    challenge(server, settings)
+    server.answers["events"] = server.answers["work_pools/titleshot"] = {}
+    assert triggers.start(settings, FakeTarget()).news
+    webhooks.emit(settings, webhooks.Delivery("one", "model_version_alias.created", "m", "2"))
+    worker._make_pool(settings)
+    shown = [by for path, by in server.shown if "/mlflow/" not in path]
+    assert len(shown) == 6
+    assert set(shown) == {"Basic YW5hOnNlY3JldA=="}
+
+
+def test_a_prefect_that_is_busy_is_asked_again(server: Server, settings: Settings) -> None:
+    """Its database was busy for a moment: nobody needs to know."""
+    challenge(server, settings)
+    answers = [503]
+    server.answers["flow_runs/filter"] = lambda: answers.pop() if answers else []
+    asked = triggers.start(settings, FakeTarget())
+    assert (len(asked.news), asked.problems) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [(401, r"\(401 Unauthorized\): set PREFECT_API_AUTH_STRING"), (500, "500"), (b"<html>", "no Prefect")],
+)
+def test_what_prefect_does_not_answer_is_one_line(server: Server, settings: Settings, answer: Any, words: str) -> None:
+    """What there is to know, and how to mend it where that is known."""
+    server.answers["flow_runs/one"] = answer
+    with pytest.raises(flowruns.Unanswered, match=words) as raised:
+        flowruns.find(settings, "one")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_registry_that_is_away_is_told_once(server: Server, settings: Settings) -> None:
