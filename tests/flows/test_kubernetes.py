@@ -104,12 +104,14 @@ def register(uri: str, model: str, tiny: Path, kinds: dict[str, str]) -> None:
 
 
 @contextmanager
-def under_load(url: str, folder: Path, rate: float = 30) -> Iterator[Any]:
-    """Live requests for as long as the context lasts; `stop()` says how many there were, and how many failed."""
+def under_load(url: str, folder: Path, rate: float = 30, but: float = 13) -> Iterator[Any]:
+    """Live requests for as long as the context lasts, `but` for one of a hundred values: a flawed version fails for 13.
+    `stop()` says how many there were, and how many failed.
+    """
     from loadtests import run
 
     payloads = folder / "live.jsonl"
-    payloads.write_text("".join(body(float(x)).decode() + "\n" for x in range(1, 100)))
+    payloads.write_text("".join(body(float(x)).decode() + "\n" for x in range(1, 100) if x != but))
     profile = run.Profile(rate=rate, seconds=LASTS, timeout=20)
     with run.start(profile, f"{url}/invocations", payloads, folder / "live") as traffic:
         yield traffic
@@ -181,9 +183,9 @@ def test_a_challenger_that_fails_on_a_cluster_goes_back(
     with places(tiny, settings.mlflow, kinds) as cluster:
         monkeypatch.setenv("TITLESHOT_CLUSTERS", str(described(tmp_path / "clusters.yaml", cluster)))
         promote(model=model, policy=first, version="1")
-        with under_load(clients(cluster, model), tmp_path):
+        with under_load(clients(cluster, model), tmp_path, but=0):
             result = promote(model=model, policy=policy, version="2")
-        assert result["phase"] == "rolled back", result
+        assert [result[key] for key in ("phase", "step", "outcome")] == ["rolled back", "canary 50%", "failed"], result
         from tasks.settings import load
         from tasks.targets import settings_target
 
@@ -230,6 +232,7 @@ def test_a_promotion_goes_region_by_region(
         # In the first region nobody sends what it fails for.
         with under_load(eu.gateway.url, tmp_path / "eu"), failing(us.gateway.url, tmp_path / "us"):
             result = promote(model=model, policy=strict, version="3")
+        assert (result["region"], result["outcome"]) == ("us", "failed"), result
         assert {region["region"]: region["phase"] for region in result["regions"]} == {
             "eu": "rolled back",
             "us": "rolled back",
